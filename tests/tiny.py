@@ -1,0 +1,127 @@
+"""Tiny random models of the tutorial's architecture, written through the file contract."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from distill import checkpoint
+
+WORDS = [
+    "a",
+    "small",
+    "large",
+    "red",
+    "green",
+    "blue",
+    "ring",
+    "square",
+    "circle",
+    "on",
+    "background",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    ",",
+]
+RGB = [[0.1 * (i % 3), 0.05 * i, -0.1] for i in range(8)]
+LATENT = {"channels": 8, "scale": 1.0, "shift": 0.0, "factor": 8, "rgb_factors": RGB, "rgb_bias": [0.5, 0.5, 0.5]}
+DDPM = {
+    "kind": "ddpm",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "shift": 4.0,
+}
+FLOW = {"kind": "flow", "shift": 3.0, "num_train_timesteps": 1000}
+UNET = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 128,
+    "attention_head_dim": 4,
+    "resnet_time_scale_shift": "scale_shift",
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": 128,
+}
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 8,
+    "block_out_channels": (32, 32, 64, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 1.0,
+}
+
+
+def tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<start>", "<end>", "<other>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<other>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<start>", eos_token="<end>", pad_token="<end>", model_max_length=32
+    )
+
+
+def modules(seed: int = 0, **unet_config) -> checkpoint.Modules:
+    """Random weights; `unet_config` overrides UNET."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(**UNET | unet_config)
+        vae = AutoencoderKL(**VAE)
+        words = tokenizer()
+        text_config = CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=32,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+        text_encoder = CLIPTextModel(text_config)
+        with torch.no_grad():  # norms and embeddings start flat: make every weight matter
+            for module in (unet, vae, text_encoder):
+                for weight in module.parameters():
+                    weight.add_(0.02 * torch.randn_like(weight))
+            text_encoder.get_input_embeddings().weight.add_(torch.randn(len(words), 128))
+    return checkpoint.Modules(unet.eval(), vae.eval(), text_encoder.eval(), words)
+
+
+def pipeline(mods: checkpoint.Modules, **meta) -> checkpoint.Pipeline:
+    """`meta` overrides: a one-step x0 student at the last timestep."""
+    fields = {"prediction": "x0", "schedule": DDPM, "t_in": 999, "latent": LATENT, "method": "vsd", "steps": 1}
+    fields |= {"guidance": {"scale": 2.0, "baked": True}}
+    return checkpoint.from_modules(*mods, **fields | meta)
+
+
+def write(path, dtype=None, seed: int = 0, unet: dict | None = None, **meta):
+    """Write a tiny random file and return its path."""
+    return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, **unet or {}), **meta)), dtype)
+
+
+@torch.no_grad()
+def encode(mods: checkpoint.Modules, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Prompts -> the U-Net's keyword arguments."""
+    ids = mods.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    out = mods.text_encoder(ids)
+    return {"encoder_hidden_states": out.last_hidden_state, "class_labels": out.pooler_output}  # (B, 32, D), (B, D)
