@@ -1,0 +1,142 @@
+"""Denoisers: anything that maps (x_t, t, cond) to an estimate of x0.
+
+Whatever a net predicts, x0 is linear in it: x0 = skip(t) x_t + out(t) raw, raw = net(scale(t) x_t, index(t), cond).
+The three coefficients are all that tells one prediction type from another, and the way back is the same line solved
+for raw. Losses and methods never see a prediction type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .schedule import SIGMA_DATA, Schedule, expand
+
+Cond = Mapping[str, Tensor] | None  # batch first; None: no condition
+Net = Callable[[Tensor, Tensor, Cond], Tensor]  # (x, index, cond) -> raw
+
+
+class Denoiser(Protocol):
+    schedule: Schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t (B, ...), t (B,) in [0, 1] -> x0, of x_t's shape."""
+
+
+# ------------------------------------------------------------------------------------------- prediction types
+
+
+def _vp_v(alpha, sigma):  # v = alpha eps - sigma x0; the norm is 1 where alpha^2 + sigma^2 = 1
+    norm = alpha**2 + sigma**2
+    return alpha / norm, -sigma / norm, 1
+
+
+def _edm(alpha, sigma):  # Karras et al. 2022, table 1, on x_t / alpha
+    s, sd = sigma / alpha, SIGMA_DATA
+    norm = (s**2 + sd**2).sqrt()
+    return sd**2 / norm**2 / alpha, s * sd / norm, 1 / norm / alpha
+
+
+PREDICTIONS: dict[str, Callable] = {  # (alpha, sigma) -> skip, out, scale
+    "x0": lambda alpha, sigma: (0, 1, 1),
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha, 1),
+    "v": _vp_v,
+    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma), 1),  # u = eps - x0
+    "trig": lambda alpha, sigma: (alpha, -sigma, 1 / SIGMA_DATA),  # on the trig schedule
+    "edm": _edm,
+}
+
+
+def coefficients(prediction: str, schedule: Schedule, t: Tensor, x: Tensor) -> tuple:
+    """(skip, out, scale) at t, ready to multiply x. Raises ValueError for a prediction that is not in PREDICTIONS."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    return PREDICTIONS[prediction](expand(schedule.alpha(t), x), expand(schedule.sigma(t), x))
+
+
+def to_x0(raw: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, prediction: str) -> Tensor:
+    """What the net said -> x0."""
+    skip, out, _ = coefficients(prediction, schedule, t, x_t)
+    return skip * x_t + out * raw
+
+
+def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, prediction: str) -> Tensor:
+    """x0 -> what a net of this prediction type would have said."""
+    skip, out, _ = coefficients(prediction, schedule, t, x_t)
+    return (x0 - skip * x_t) / out
+
+
+# --------------------------------------------------------------------------------------- networks as denoisers
+
+
+@dataclass(frozen=True)
+class NetDenoiser:
+    """A network and its prediction type as a Denoiser; x0 comes out in fp32 whatever the net computes in."""
+
+    net: Net
+    schedule: Schedule
+    prediction: str
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        skip, out, scale = coefficients(self.prediction, self.schedule, t, x_t)
+        return skip * x_t + out * self.net(scale * x_t, self.schedule.index(t), cond).float()
+
+
+def from_net(net: Net, schedule: Schedule, prediction: str) -> NetDenoiser:
+    """net(x, index, cond) -> raw, wrapped."""
+    return NetDenoiser(net, schedule, prediction)
+
+
+def diffusers_net(unet: Any) -> Net:
+    """A diffusers U-Net as a Net; the keys of cond are its keyword arguments (encoder_hidden_states, class_labels)."""
+    return lambda x, index, cond: unet(x, index, **(cond or {}), return_dict=False)[0]
+
+
+# ---------------------------------------------------------------------------------------------------- guidance
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Classifier-free guidance, uncond + w (cond - uncond), in one doubled batch (Ho & Salimans 2022, eq. 6)."""
+
+    denoiser: Denoiser
+    w: float | Tensor
+    null: Mapping[str, Tensor]
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        both = {k: torch.cat([v, like_batch(self.null[k], v)]) for k, v in cond.items()}
+        given, unknown = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        w = expand(self.w, x_t) if isinstance(self.w, Tensor) else self.w
+        return unknown + w * (given - unknown)
+
+
+def guided(denoiser: Denoiser, w: float | Tensor, null: Cond) -> Denoiser:
+    """The denoiser with guidance w: a number, or (B,) numbers, one per sample. null: the empty prompt, one row or B.
+
+    w = 1 is the denoiser itself. Raises ValueError when w asks for an empty prompt and there is none.
+    """
+    if not isinstance(w, Tensor) and w == 1:
+        return denoiser
+    if null is None:
+        raise ValueError(f"guidance {w} needs the empty prompt (null); pass its embeddings or use guidance 1")
+    return Guided(denoiser, w, null)
+
+
+def like_batch(null: Tensor, v: Tensor) -> Tensor:
+    """One row of null repeated to the batch of v; a full batch is left as it is."""
+    return null.to(v).expand_as(v) if len(null) == 1 else null.to(v)
+
+
+def drop(cond: Cond, null: Cond, keep: Tensor) -> Cond:
+    """cond with the null prompt in the rows where keep (B,) is False."""
+    if cond is None or null is None:
+        return cond
+    return {k: torch.where(expand(keep, v), v, like_batch(null[k], v)) for k, v in cond.items()}

@@ -1,0 +1,81 @@
+"""Toy teachers that are known exactly, so that every claim can be checked against the truth in seconds on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .denoiser import Cond
+from .schedule import Schedule, expand, rand, randn
+
+
+class Gaussian:
+    """N(mean, std^2) in every coordinate, as a Denoiser. mean and std may be tensors that are still being trained."""
+
+    def __init__(self, mean, std, schedule: Schedule):
+        self.mean, self.std, self.schedule = mean, std, schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        alpha, sigma = expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t)
+        return posterior_mean(x_t, alpha, sigma, self.mean, self.std)
+
+
+class Mixture:
+    """A mixture of K round Gaussians in D dimensions, as a Denoiser with the exact E[x0 | x_t].
+
+    cond {"mode": (B,)} names the component of each sample; -1 (the null prompt) and cond None mean all of them.
+    """
+
+    def __init__(self, means: Tensor, std: float, schedule: Schedule, weights: Tensor | None = None):
+        self.means, self.std, self.schedule = means, std, schedule  # means: K, D
+        self.weights = torch.full((len(means),), 1 / len(means)) if weights is None else weights
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        alpha, sigma = self.schedule.alpha(t)[:, None, None], self.schedule.sigma(t)[:, None, None]
+        x = x_t[:, None]  # B, 1, D
+        per_mode = posterior_mean(x, alpha, sigma, self.means, self.std)  # B, K, D
+        return (self.responsibilities(x, alpha, sigma, cond)[..., None] * per_mode).sum(1)
+
+    def responsibilities(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """p(mode | x_t): (B, K)."""
+        var = (alpha * self.std) ** 2 + sigma**2  # B, 1, 1
+        logits = self.weights.log() - ((x - alpha * self.means) ** 2 / var).sum(-1) / 2
+        if cond is not None:
+            mode = cond["mode"][:, None]
+            other = (mode >= 0) & (mode != torch.arange(len(self.means), device=mode.device))
+            logits = logits.masked_fill(other, -torch.inf)
+        return logits.softmax(-1)
+
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        mode = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        return self.means[mode] + self.std * randn((n, self.means.shape[1]), generator)
+
+
+def ring(k: int = 8, radius: float = 1.0) -> Tensor:
+    """K means on a circle: (K, 2)."""
+    angle = torch.arange(k) * (2 * torch.pi / k)
+    return radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def posterior_mean(x_t, alpha, sigma, mean, std):
+    """E[x0 | x_t] for x0 ~ N(mean, std^2) and x_t = alpha x0 + sigma eps."""
+    return mean + alpha * std**2 / ((alpha * std) ** 2 + sigma**2) * (x_t - alpha * mean)
+
+
+class MLP(nn.Module):
+    """A small net(x, index, cond) -> raw for points in D dimensions; index / `scale` should lie in about [0, 1]."""
+
+    def __init__(self, dim: int = 2, hidden: int = 64, scale: float = 1000.0, generator: Generator | None = None):
+        super().__init__()
+        self.scale = scale
+        self.layers = nn.Sequential(
+            nn.Linear(dim + 3, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
+        )
+        with torch.no_grad():
+            for p in self.parameters():  # as nn.Linear does, but from the given generator
+                bound = (p.shape[-1] if p.ndim > 1 else hidden) ** -0.5
+                p.copy_((2 * rand(p.shape, generator) - 1) * bound)
+
+    def forward(self, x: Tensor, index: Tensor, cond: Cond = None) -> Tensor:
+        t = (index / self.scale)[:, None].to(x)
+        return self.layers(torch.cat([x, t, (3 * t).cos(), (3 * t).sin()], dim=1))
