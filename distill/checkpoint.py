@@ -49,7 +49,8 @@ class Metadata:
     """Everything a loader must know besides the weights, parsed. Stored as flat strings, JSON where nested."""
 
     architecture: dict[str, Any]
-    """{"unet": UNet2DConditionModel's config, "vae": AutoencoderKL's or None, "text_encoder": CLIPTextConfig's or None}"""
+    """{"unet": UNet2DConditionModel's config, "vae": AutoencoderKL's, "text_encoder": CLIPTextConfig's}; the last two
+    may be None"""
     prediction: str
     """what the U-Net puts out: x0, eps, v or flow (noise minus image)"""
     schedule: dict[str, Any]
@@ -58,7 +59,7 @@ class Metadata:
     """the timestep the net is first called at, as the net counts them (0 .. num_train_timesteps)"""
     latent: dict[str, Any]
     """{"channels", "scale", "shift", "factor", "rgb_factors", "rgb_bias"}: the net sees (z - shift) * scale; the VAE
-    shrinks images by factor; rgb_* turn a latent into a rough preview"""
+    shrinks images by factor; rgb_* turn what the net sees into a rough preview in [-1, 1]"""
     method: str = "teacher"
     """what trained it: teacher, vsd, sds, regression, ..."""
     steps: int = 1
@@ -124,6 +125,8 @@ class Metadata:
             need(isinstance(getattr(self, key), dict | None), key, "is not an object")
         unet = self.architecture.get("unet")
         need(isinstance(unet, dict), "architecture", "has no 'unet'")
+        for key in ("in_channels", "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim"):
+            need(key in unet, "architecture", f"has a 'unet' without {key!r}")
         need(self.prediction in PREDICTIONS, "prediction", f"is {self.prediction!r}, not one of {PREDICTIONS}")
         kind, count = self.schedule.get("kind"), self.schedule.get("num_train_timesteps", 1000)
         need(kind in SCHEDULES, "schedule", f"has kind {kind!r}, not one of {SCHEDULES}")
@@ -234,7 +237,7 @@ def part(weights: Weights, prefix: str) -> Weights | None:
 
 
 def unpack(checkpoint: Checkpoint) -> Pipeline:
-    """The file's names -> diffusers'. Raises KeyError naming the key where a weight has no place in the architecture."""
+    """The file's names -> diffusers'. Raises KeyError naming a weight that has no place in the architecture."""
     configs, weights = checkpoint.meta.architecture, checkpoint.weights
     unet, vae, text = part(weights, UNET), part(weights, VAE), part(weights, TEXT)
     return Pipeline(

@@ -1,0 +1,6 @@
+"""ComfyUI's face: schemas and glue, one file per family of nodes. No maths, and no constant a file's metadata holds."""
+
+from .load import OneStepLoadStudent
+from .sample import OneStepSample, OneStepSchedule
+
+NODES = [OneStepLoadStudent, OneStepSample, OneStepSchedule]

@@ -1,0 +1,99 @@
+"""Loading: a OneStep file becomes ComfyUI's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..distill import checkpoint, layouts
+from ..distill.checkpoint import CheckpointError
+
+FOLDERS = ("diffusion_models", "checkpoints")
+BUNDLED = {f"bundled: {name}": name for name in ("student", "teacher")}
+
+
+def choices() -> list[str]:
+    """The bundled models, then every safetensors file in ComfyUI's model folders."""
+    files = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
+    return [*BUNDLED, *dict.fromkeys(name for name in files if name.endswith(".safetensors"))]
+
+
+def locate(file: str) -> Path:
+    """A choice of the widget -> its path. Raises CheckpointError naming the folders where there is none."""
+    if file in BUNDLED:
+        return checkpoint.bundled(BUNDLED[file])
+    for folder in FOLDERS:
+        path = folder_paths.get_full_path(folder, file)
+        if path is not None:
+            return Path(path)
+    folders = " or ".join(folder_paths.get_folder_paths(folder)[0] for folder in FOLDERS)
+    raise CheckpointError(f"{file}: no such file in {folders}. Put it there, or choose another file.")
+
+
+class OneStepLoadStudent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OneStepLoadStudent",
+            display_name="OneStep Load Student",
+            category="OneStep",
+            description="Loads a OneStep file, a one-step student or its teacher, as ordinary MODEL, CLIP and VAE. "
+            "Everything it needs to know is in the file.",
+            search_aliases=[
+                "load one step model",
+                "load distilled",
+                "checkpoint loader",
+                "student",
+                "teacher",
+                "turbo",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=choices(),
+                    default=next(iter(BUNDLED)),
+                    tooltip="A file made by `distill train` or `distill demo`, in models/diffusion_models or "
+                    "models/checkpoints, or one of the models that come with OneStep.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For OneStep Sample or OneStep Schedule; any other sampler takes it too.",
+                ),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder, with the file's own vocabulary."),
+                io.Vae.Output(display_name="vae", tooltip="Decodes latents into images."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        """Check the header before anything runs: this message is shown on the node, an exception's is not."""
+        if file is None:  # comes from another node
+            return True
+        try:
+            checkpoint.read_metadata(locate(file))
+        except CheckpointError as e:
+            return str(e)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        """A file that was written again under the same name is loaded again."""
+        stat = locate(file).stat()
+        return file, stat.st_mtime_ns, stat.st_size
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        from . import native
+
+        path = locate(file)
+        c = checkpoint.read(path)
+        unet, text, vae = (checkpoint.part(c.weights, prefix) for prefix in (layouts.UNET, layouts.TEXT, layouts.VAE))
+        return io.NodeOutput(
+            native.build_model(path, c.meta, unet),
+            native.build_clip(path, c.meta, text, folder_paths.get_folder_paths("embeddings")) if text else None,
+            native.build_vae(path, c.meta.architecture["vae"], vae) if vae else None,
+        )
