@@ -112,10 +112,14 @@ class Guided:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        both = {k: torch.cat([v, like_batch(self.null[k], v)]) for k, v in cond.items()}
-        given, unknown = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return self.with_plain(x_t, t, cond)[0]
+
+    def with_plain(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The guided x0, and the unguided one that was computed on the way."""
+        doubled = {k: torch.cat([v, like_batch(self.null[k], v)]) for k, v in cond.items()}
+        given, unknown = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), doubled).chunk(2)
         w = expand(self.w, x_t) if isinstance(self.w, Tensor) else self.w
-        return unknown + w * (given - unknown)
+        return unknown + w * (given - unknown), given
 
 
 def guided(denoiser: Denoiser, w: float | Tensor, null: Cond) -> Denoiser:
@@ -128,6 +132,14 @@ def guided(denoiser: Denoiser, w: float | Tensor, null: Cond) -> Denoiser:
     if null is None:
         raise ValueError(f"guidance {w} needs the empty prompt (null); pass its embeddings or use guidance 1")
     return Guided(denoiser, w, null)
+
+
+def with_plain(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    """x0 of the denoiser and x0 of the same denoiser without guidance, in one call."""
+    if isinstance(denoiser, Guided):
+        return denoiser.with_plain(x_t, t, cond)
+    x0 = denoiser(x_t, t, cond)
+    return x0, x0
 
 
 def like_batch(null: Tensor, v: Tensor) -> Tensor:

@@ -89,7 +89,9 @@ def sample_mean(x: Tensor) -> Tensor:
 
 def health(x: Tensor, x0_T: Tensor, x0_C: Tensor) -> dict[str, Tensor]:
     """rel_gap: mean|x0_C - x0_T| / mean|x - x0_T|, 0 while the coach still is the teacher, 1 when it knows no more
-    than SDS; cosine of the same two differences; x_mean, x_std: the samples, and x_mean_i, x_std_i per channel."""
+    than SDS; cosine of the same two differences; x_mean, x_std: the samples, and x_mean_i, x_std_i per channel;
+    x_drift: how far the samples' channel means are from the teacher's idea of the same samples, in standard deviations.
+    """
     gap, pull = x0_C - x0_T, x - x0_T
     logs = {
         "rel_gap": gap.abs().mean() / pull.abs().mean().clamp(min=1e-12),
@@ -97,7 +99,8 @@ def health(x: Tensor, x0_T: Tensor, x0_C: Tensor) -> dict[str, Tensor]:
         "x_mean": x.mean(),
         "x_std": x.std(),
     }
-    channels = x.detach().transpose(0, 1).flatten(1)  # C, B*H*W
+    channels = x.transpose(0, 1).flatten(1)  # C, B*H*W
+    logs["x_drift"] = pull.transpose(0, 1).flatten(1).mean(1).abs().mean() / x.std().clamp(min=1e-12)
     for i, (mean, std) in enumerate(zip(channels.mean(1), channels.std(1))):
         logs |= {f"x_mean_{i}": mean, f"x_std_{i}": std}
     return {k: v.detach() for k, v in logs.items()}

@@ -44,14 +44,14 @@ def test_ddim_on_a_flow_schedule_is_diffusers_euler(shift):
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
 def test_solvers_reach_the_data(schedule, solver):
     """All modes of the mixture, and the spread within them, from any schedule; 2M needs far fewer steps."""
-    teacher = mixture(schedule)
+    teacher = Mixture(ring(5, radius=2), 0.2, schedule)
     times = torch.linspace(1, 0.003, 200 if solver == "ddim" else 50)  # to t near 0: the last step is a mean
     x = solve(teacher, z(2000), solver=solver, times=times.tolist())
     distance = torch.cdist(x, teacher.means)
     nearest = distance.argmin(1)
     assert (torch.bincount(nearest, minlength=5) > 300).all()
     within = (x - teacher.means[nearest]).square().mean().sqrt()
-    assert within.item() == pytest.approx(0.1, rel=0.12)
+    assert within.item() == pytest.approx(0.2, rel=0.1)
 
 
 def test_dpm_is_second_order():

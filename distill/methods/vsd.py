@@ -1,0 +1,108 @@
+"""Variational score distillation with a coach: SwiftBrush (2312.05239), DMD's matching term (2311.18828), NASA.
+
+    x    = student(z, c)                                  z ~ N(0, I)
+    x_t  = alpha x + sigma eps                            t ~ U(t_min, t_max)
+    g    = w(t) (x0_C(x_t, t, c) - x0_T(x_t, t, c))       no gradient through teacher T and coach C; T guided
+    student:  minimise <x, g>                             i.e. step its parameters along -g dx/dtheta
+    coach:    minimise w_C(t) |x0_C(x_t, t, c) - x|^2     on fresh, detached x; some c dropped to the null prompt
+
+The gradient of KL(student || teacher) at every noise level. At the start the coach is the teacher and g = 0: the
+student moves only because the coach learns. Keep the coach at least 4 times as fast as the student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..coach import Coach
+from ..denoiser import Cond, drop, guided, with_plain
+from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, surrogate
+from ..sample import Student
+from ..schedule import Times, expand, rand, randn, uniform
+
+
+@dataclass(frozen=True)
+class VSDOptions:
+    weight: Literal["dmd", "tdm", "swiftbrush", "prolificdreamer", "diff_instruct", "one"] = "dmd"
+    """Weight w of the student's gradient, losses.WEIGHTS. dmd: best in the tutorial world's prototypes."""
+    guidance: float = 2.0
+    """Guidance of the teacher. 2: best for the tutorial teacher; SwiftBrush 4.5, DMD2 1.75 (SD 1.5) and 8 (SDXL)."""
+    guidance_max: float | None = None
+    """If set, guidance is drawn per sample from U(guidance, guidance_max): NASA's stabiliser, U(0.5, 4)."""
+    guide: Literal["teacher", "both"] = "teacher"
+    """teacher (DMD2): the student bakes the sharpened law in. both (SwiftBrush): its fixed point is the plain one."""
+    t_min: float = 0.02
+    """SwiftBrush and DMD2 draw t from 2 to 98 %: near 0 the gradient is noise and NaN, at 1 it carries nothing."""
+    t_max: float = 0.98
+    """See t_min."""
+    coach_weight: Literal["one", "eps", "swiftbrush", "edm", "clamped"] = "clamped"
+    """Weight of the coach's loss, losses.COACH_WEIGHTS. clamped: what the tutorial teacher itself was trained with."""
+    null_drop: float = 0.1
+    """Share of the coach's samples that get the null prompt (SwiftBrush .1). Needed when the coach is guided."""
+    coach_batch: Literal["fresh", "shared"] = "fresh"
+    """shared: the coach's first step reuses the student's samples of that step (SwiftBrush, DMD2): a forward less."""
+
+
+class VSD:
+    """student: g(z, cond) -> x0. null: the null prompt's cond, one row; None where nothing is guided or dropped.
+
+    A batch is {"cond": Cond, "shape": (B, C, H, W), "device": where}, the device optional. times, if given, replaces
+    the uniform draw of t for the student's step.
+    """
+
+    def __init__(
+        self, options: VSDOptions, student: Student, coach: Coach, null: Cond = None, times: Times | None = None
+    ):
+        self.options, self.student, self.coach, self.null = options, student, coach, null
+        self.schedule = coach.teacher.schedule
+        self.times = times or uniform(options.t_min, options.t_max)
+        self.coach_times = uniform(0.001, 0.999)  # all of it, as the coach has to be a denoiser (range of FastGen)
+
+    def student_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        cond = batch["cond"]
+        x = self.generate(batch, generator)
+        batch["x"] = x.detach()
+        with torch.no_grad():
+            x_t, t = self.renoise(x, self.times, generator)
+            w = self.draw_guidance(x, generator)
+            x0_T, plain_T = with_plain(guided(self.coach.teacher, w, self.null), x_t, t, cond)
+            x0_C, plain_C = self.coach_says(x, x_t, t, cond, w)
+            alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
+            g = matching_gradient(x0_T, x0_C, WEIGHTS[self.options.weight](x, x0_T, alpha, sigma))
+        loss = surrogate(x, g)
+        logs = {"student_loss": loss, "coach_ratio": (plain_C - x).square().mean() / (plain_T - x).square().mean()}
+        return loss, {k: v.detach() for k, v in logs.items()} | health(x, x0_T, x0_C)
+
+    def coach_says(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, w: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The coach's x0, and its x0 without guidance."""
+        guide = {"teacher": self.coach.denoiser, "both": guided(self.coach.denoiser, w, self.null)}
+        return with_plain(guide[self.options.guide], x_t, t, cond)
+
+    def coach_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.options.coach_batch == "shared" and "x" in batch:
+            x = batch["x"]
+        else:
+            with torch.no_grad():
+                x = self.generate(batch, generator)
+        x_t, t = self.renoise(x, self.coach_times, generator)
+        keep = rand((len(x),), generator, x.device) >= self.options.null_drop
+        x0_hat = self.coach.denoiser(x_t, t, drop(batch["cond"], self.null, keep))
+        alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
+        loss = denoising(x0_hat, x, COACH_WEIGHTS[self.options.coach_weight](alpha, sigma))
+        return loss, {"coach_loss": loss.detach()}
+
+    def generate(self, batch: dict, generator: Generator) -> Tensor:
+        """Student samples, in fp32."""
+        return self.student(randn(batch["shape"], generator, batch.get("device")), batch["cond"]).float()
+
+    def renoise(self, x: Tensor, times: Times, generator: Generator) -> tuple[Tensor, Tensor]:
+        t = times(len(x), generator, x.device)
+        return self.schedule.noise(x.detach(), t, randn(x.shape, generator, x.device)), t
+
+    def draw_guidance(self, x: Tensor, generator: Generator) -> float | Tensor:
+        lo, hi = self.options.guidance, self.options.guidance_max
+        return lo if hi is None else lo + (hi - lo) * rand((len(x),), generator, x.device)

@@ -1,0 +1,360 @@
+"""The training loop: one generator for every method. The command line prints what it yields, a notebook draws it.
+
+    for step in train(method, student, coach, batches, options, out="runs/mine", resume=True):
+        print(step.step, step.logs, step.remaining)
+
+Every step seeds its own random generators from (seed, step, process). So there is no random state to save, any step can
+be replayed alone, and a resumed run is bitwise the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from . import persist
+from .coach import Coach
+
+Batches = Callable[[int, Generator], dict]  # (step, generator) -> what the method's losses take
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    steps: int | None = 2000
+    """Iterations, coach warm-up included. None: only `minutes` ends the run."""
+    minutes: float | None = None
+    """Time budget; the run ends at whichever of the two comes first, and the learning rate falls in step with it."""
+    lr: float = 2e-4
+    """Student. Tutorial world: 2e-4 after regression, 5e-4 from the teacher, 1e-3 for regression; SD eps-nets: 1e-6."""
+    coach_lr: float = 2e-3
+    """Coach. LoRA 2e-3, full copy 1e-3 (tutorial world); SwiftBrush LoRA 1e-3. It has to outrun the student 4 times."""
+    betas: tuple[float, float] = (0.5, 0.99)
+    """AdamW, both nets: little momentum, as the target moves (tutorial world; SiD has beta1 = 0)."""
+    weight_decay: float = 0.01
+    """AdamW, both nets (DMD2)."""
+    clip: float = 1.0
+    """Largest gradient norm, both nets (SwiftBrush)."""
+    lr_warmup: int = 0
+    """Steps of linear rise (DMD2: 500 at SD's size)."""
+    decay_from: float = 0.5
+    """The learning rates fall along a cosine after this fraction of the run (tutorial world)."""
+    lr_end: float = 0.0
+    """What is left of the learning rates at the end, as a fraction."""
+    ema: float = 0.99
+    """Decay of the averaged student, after a warm-up of min(ema, (1 + n) / (10 + n)) (tutorial world)."""
+    coach_steps: int = 1
+    """Coach steps per student step (SwiftBrush 1, DMD2 5): the smallest at which x_mean and x_std hold still."""
+    coach_warmup: int = 0
+    """Iterations of the coach alone at the start; without them the first student steps have no direction."""
+    accumulate: int = 1
+    """Batches per step, for both nets."""
+    log_every: int = 10
+    """Iterations per row of log.csv; a row is the mean over them."""
+    save_every: int = 100
+    """Iterations per checkpoint: what a killed process loses at most."""
+    keep: int = 2
+    """Checkpoints kept."""
+    seed: int = 0
+    """Of every random number in the run."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast of the nets' insides (losses stay fp32). No fp16: the loss is a difference of near equals (SiD-LSG)."""
+    device: str | None = None
+    """"cpu" to stay there; default: what accelerate finds."""
+    max_spread: float = 10.0
+    """Stop when the samples' standard deviation exceeds this; latents have about 1 by the file contract."""
+
+
+@dataclass
+class Step:
+    """One finished iteration. `ema` and `student` are the live modules: sample from them, do not change them."""
+
+    step: int
+    progress: float  # 0..1
+    seconds: float
+    logs: dict[str, float]
+    ema: nn.Module
+    student: nn.Module
+    row: dict[str, float] = field(default_factory=dict)  # the mean since the last row, on the steps that log one
+
+    @property
+    def remaining(self) -> float:
+        """Seconds to go, at the pace so far."""
+        return self.seconds * (1 - self.progress) / max(self.progress, 1e-9)
+
+
+class Diverged(RuntimeError):
+    """Training stopped making sense. readout and value say what was seen, cure what most likely helps."""
+
+    def __init__(self, step: int, readout: str, value: float):
+        self.step, self.readout, self.value, self.cure = step, readout, value, cure(readout)
+        super().__init__(f"step {step}: {readout} is {value:g}. Likely cure: {self.cure}.")
+
+
+def cure(readout: str) -> str:
+    """reference/distillation.md, section 3."""
+    if readout.startswith("coach_") and readout != "coach_ratio":
+        return "lower coach_lr, or raise coach_warmup so that the coach meets the student slowly"
+    if readout.startswith(("x_", "rel_gap")):
+        return "the coach has lost the student: more coach_steps, then a higher coach_lr, then a lower lr or guidance"
+    return "lower lr; if it happens in the first steps, raise t_min (the gradient is not finite near t = 0)"
+
+
+# ---------------------------------------------------------------------------------------------------- the state
+
+
+class Run:
+    """Everything that training changes, and how it is saved."""
+
+    def __init__(self, student: nn.Module, coach: Coach | None, options: TrainOptions):
+        self.student, self.coach, self.options = student, coach, options
+        self.ema = copy.deepcopy(student).requires_grad_(False).eval()
+        self.params = {"student": [p for p in student.parameters() if p.requires_grad]}
+        if coach is not None:
+            self.params["coach"] = coach.parameters()
+        if not self.params["student"]:
+            raise ValueError("the student has nothing to train: copy it before the coach freezes it, or unfreeze it")
+        lr = {"student": options.lr, "coach": options.coach_lr}
+        adamw = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
+        self.optimizers = {name: torch.optim.AdamW(p, lr=lr[name], **adamw) for name, p in self.params.items()}
+        self.step, self.seconds, self.updates = 0, 0.0, 0
+
+    def progress(self) -> float:
+        o = self.options
+        by_steps = self.step / o.steps if o.steps else 0.0
+        return min(1.0, max(by_steps, self.seconds / (60 * o.minutes) if o.minutes else 0.0))
+
+    def set_lr(self) -> None:
+        o, p = self.options, self.progress()
+        fall = max(0.0, p - o.decay_from) / max(1e-9, 1 - o.decay_from)
+        scale = o.lr_end + (1 - o.lr_end) * (1 + math.cos(math.pi * fall)) / 2
+        scale *= min(1.0, (self.step + 1) / (o.lr_warmup + 1))
+        for name, lr in {"student": o.lr, "coach": o.coach_lr}.items():
+            for group in self.optimizers[name].param_groups if name in self.optimizers else ():
+                group["lr"] = lr * scale
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """EMA with warm-up."""
+        decay = min(self.options.ema, (1 + self.updates) / (10 + self.updates))
+        for mean, p in zip(self.ema.parameters(), self.student.parameters()):
+            mean.lerp_(p, 1 - decay)
+        for mean, b in zip(self.ema.buffers(), self.student.buffers()):
+            mean.copy_(b)
+
+    def modules(self) -> dict:
+        return {"student": self.student, "ema": self.ema} | ({"coach": self.coach} if self.coach is not None else {})
+
+    def save(self, folder: Path) -> Path:
+        tensors = {f"{n}/{k}": v for n, m in self.modules().items() for k, v in m.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}_optimizer/{i}/{k}": v for k, v in state.items()}
+        state = {"step": self.step, "seconds": self.seconds, "updates": self.updates, "options": asdict(self.options)}
+        return persist.save(folder, self.step, tensors, state, self.options.keep)
+
+    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+        parts: dict[str, dict] = {}
+        for key, v in tensors.items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = v
+        for name, module in self.modules().items():
+            module.load_state_dict(parts[name])
+        for name, optimizer in self.optimizers.items():
+            moments: dict[int, dict] = {}
+            for key, v in parts.get(f"{name}_optimizer", {}).items():
+                i, _, k = key.partition("/")
+                moments.setdefault(int(i), {})[k] = v
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step, self.seconds, self.updates = state["step"], state["seconds"], state["updates"]
+
+
+# ----------------------------------------------------------------------------------------------------- the loop
+
+
+def train(
+    method,
+    student: nn.Module,
+    coach: Coach | None,
+    batches: Batches,
+    options: TrainOptions,
+    out: str | Path | None = None,
+    resume: bool = False,
+) -> Iterator[Step]:
+    """Train `student` (in place) by method.student_loss and, if there is one, `coach` by method.coach_loss.
+
+    batches(step, generator) -> the method's batch, drawn from the generator alone; tensors may be on any device.
+    out: folder for checkpoints/, log.csv and TensorBoard files. resume: go on from the newest readable checkpoint
+    there, if any; without it a folder that holds a run is refused (FileExistsError). A run resumed with other options
+    goes on with the new ones. Ctrl-C, break and close() leave a checkpoint of the last whole step (keep no reference
+    to the generator, or close it). With `minutes`, the clock decides the learning rates, so only runs by `steps`
+    repeat bitwise. Raises Diverged.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.precision)
+    device = torch.device(options.device) if options.device else accelerator.device
+    student.to(device)
+    if coach is not None:
+        coach.module.to(device)
+    run = Run(student, coach, options)
+    folder = Path(out) / "checkpoints" if out is not None else None
+    if folder is not None:
+        _open(run, folder, resume)
+    writers = _writers(Path(out), run.step) if out is not None and accelerator.is_main_process else []
+    keep = folder is not None and accelerator.is_main_process
+    sums: dict[str, list[float]] = {}
+    clock = time.monotonic() - run.seconds
+    try:
+        while run.progress() < 1:
+            with whole():
+                logs = _iteration(run, method, batches, accelerator, device)
+                run.step += 1
+                run.seconds = _agree(time.monotonic() - clock, accelerator)
+                row = {}
+                for name, value in logs.items():
+                    sums.setdefault(name, []).append(value)
+                if run.step % options.log_every == 0 or run.progress() == 1:
+                    row = {name: sum(values) / len(values) for name, values in sums.items()} | {"seconds": run.seconds}
+                    sums.clear()
+                    for write in writers:
+                        write(run.step, row)
+                if keep and (run.step % options.save_every == 0 or run.progress() == 1):
+                    run.save(folder)
+            yield Step(run.step, run.progress(), run.seconds, logs, run.ema, student, row)
+    except (KeyboardInterrupt, GeneratorExit):
+        if keep:
+            run.save(folder)
+        raise
+
+
+def _iteration(run: Run, method, batches: Batches, accelerator, device: torch.device) -> dict[str, float]:
+    """One student step, then the coach's."""
+    o, logs = run.options, {}
+    rank = accelerator.process_index
+    draw, noise = seeded("cpu", o.seed, run.step, rank, 0), seeded(device, o.seed, run.step, rank, 1)
+    run.set_lr()
+
+    def fresh() -> list[dict]:
+        return [_to(batches(run.step, draw), device) | {"device": device} for _ in range(o.accumulate)]
+
+    def update(name: str, loss_of: Callable, drawn: list[dict]) -> None:
+        run.optimizers[name].zero_grad(set_to_none=True)
+        for batch in drawn:
+            with accelerator.autocast():
+                loss, readouts = loss_of(batch, noise)
+            (loss / len(drawn)).backward()
+        params = run.params[name]
+        if accelerator.num_processes > 1:  # by hand: two nets that call each other do not fit DDP's hooks
+            for p in params:
+                p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+        logs.update(readouts, **{f"{name}_grad_norm": nn.utils.clip_grad_norm_(params, o.clip)})
+        run.optimizers[name].step()
+
+    drawn = fresh()
+    coach_only = method.coach_loss is not None and run.step < o.coach_warmup
+    if not coach_only:
+        update("student", method.student_loss, drawn)
+        run.updates += 1
+        run.average()
+    for _ in range(o.coach_steps if method.coach_loss is not None else 0):
+        update("coach", method.coach_loss, drawn)
+        drawn = fresh()
+    values = dict(zip(logs, torch.stack([v.detach().float() for v in logs.values()]).tolist()))
+    _check(run, values)
+    return values
+
+
+def _check(run: Run, logs: dict[str, float]) -> None:
+    for name, value in logs.items():
+        if not math.isfinite(value):
+            raise Diverged(run.step + 1, name, value)
+    if logs.get("x_std", 0.0) > run.options.max_spread:
+        raise Diverged(run.step + 1, "x_std", logs["x_std"])
+
+
+def _open(run: Run, folder: Path, resume: bool) -> None:
+    found = persist.load(folder) if resume else None
+    if found is not None:
+        run.load(*found[:2])
+    elif not resume and persist.checkpoints(folder):
+        raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on with it, or another folder")
+
+
+def _writers(out: Path, step: int) -> list[Callable[[int, dict], None]]:
+    """log.csv, and TensorBoard where it is installed."""
+    out.mkdir(parents=True, exist_ok=True)
+    writers: list[Callable] = [persist.Table(out / "log.csv", step).append]
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return writers
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(step: int, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            board.add_scalar(name, value, step)
+
+    return [*writers, write]
+
+
+# ----------------------------------------------------------------------------------------------------- the rest
+
+
+def seeded(device, *numbers: int) -> Generator:
+    """A generator from some numbers, mixed so that neighbours share nothing (splitmix64)."""
+    h = 0
+    for n in numbers:
+        h = (h + n + 0x9E3779B97F4A7C15) % 2**64
+        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        h = (h ^ h >> 27) * 0x94D049BB133111EB % 2**64
+        h ^= h >> 31
+    return torch.Generator(device=device).manual_seed(h % 2**63)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block (a second one does not)."""
+    old = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(old):
+        yield
+        return
+    asked: list[int] = []
+
+    def wait(signum, frame):
+        if asked:
+            old(signum, frame)
+        asked.append(signum)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+    if asked:
+        old(asked[0], None)
+
+
+def _to(tree, device: torch.device):
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    return {k: _to(v, device) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _agree(seconds: float, accelerator) -> float:
+    """The main process's clock decides for all."""
+    if accelerator.num_processes == 1:
+        return seconds
+    from accelerate.utils import broadcast
+
+    return float(broadcast(torch.tensor(seconds, device=accelerator.device)))
