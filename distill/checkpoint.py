@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .autoencoder import PatchAutoencoder
 from .layouts import (
     TEXT,
     UNET,
@@ -49,8 +50,8 @@ class Metadata:
     """Everything a loader must know besides the weights, parsed. Stored as flat strings, JSON where nested."""
 
     architecture: dict[str, Any]
-    """{"unet": UNet2DConditionModel's config, "vae": AutoencoderKL's, "text_encoder": CLIPTextConfig's}; the last two
-    may be None"""
+    """{"unet": UNet2DConditionModel's config, "vae": AutoencoderKL's or {"type": "patch", ...} for PatchAutoencoder,
+    "text_encoder": CLIPTextConfig's}; the last two may be None"""
     prediction: str
     """what the U-Net puts out: x0, eps, v or flow (noise minus image)"""
     schedule: dict[str, Any]
@@ -225,10 +226,16 @@ def pack(pipeline: Pipeline) -> Checkpoint:
     configs = pipeline.meta.architecture
     weights = {UNET + k: v for k, v in unet_to_ldm(pipeline.unet, configs["unet"]).items()}
     if pipeline.vae is not None:
-        weights |= {VAE + k: v for k, v in vae_to_ldm(pipeline.vae, configs["vae"]).items()}
+        vae = pipeline.vae if is_patch(configs["vae"]) else vae_to_ldm(pipeline.vae, configs["vae"])
+        weights |= {VAE + k: v for k, v in vae.items()}
     if pipeline.text_encoder is not None:
         weights |= {TEXT + k: v for k, v in text_to_ldm(pipeline.text_encoder).items()}
     return Checkpoint(weights, pipeline.meta)
+
+
+def is_patch(vae_config: Mapping[str, Any]) -> bool:
+    """Whether a VAE's config is that of `autoencoder.PatchAutoencoder`, whose names are the file's own."""
+    return vae_config.get("type") == "patch"
 
 
 def part(weights: Weights, prefix: str) -> Weights | None:
@@ -240,9 +247,11 @@ def unpack(checkpoint: Checkpoint) -> Pipeline:
     """The file's names -> diffusers'. Raises KeyError naming a weight that has no place in the architecture."""
     configs, weights = checkpoint.meta.architecture, checkpoint.weights
     unet, vae, text = part(weights, UNET), part(weights, VAE), part(weights, TEXT)
+    if vae and not is_patch(configs["vae"]):
+        vae = vae_to_diffusers(vae, configs["vae"])
     return Pipeline(
         unet=unet_to_diffusers(unet or {}, configs["unet"]),
-        vae=vae_to_diffusers(vae, configs["vae"]) if vae else None,
+        vae=vae,
         text_encoder=text_to_diffusers(text) if text else None,
         meta=checkpoint.meta,
     )
@@ -350,7 +359,10 @@ def build(path: str | Path, device: str | torch.device = "cpu") -> Modules:
         return module.float().eval().to(device)
 
     unet = fill(UNet2DConditionModel(**configs["unet"]), "U-Net", pipeline.unet)
-    vae = fill(AutoencoderKL(**configs["vae"]), "VAE", pipeline.vae) if pipeline.vae else None
+    vae = None
+    if pipeline.vae:
+        make = PatchAutoencoder.from_config if is_patch(configs["vae"]) else lambda c: AutoencoderKL(**c)
+        vae = fill(make(configs["vae"]), "VAE", pipeline.vae)
     text_encoder = tokenizer = None
     if pipeline.text_encoder:
         module = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
