@@ -1,12 +1,12 @@
 """A OneStep file, loaded to be used outside ComfyUI: prompts in, pictures out.
 
-    model = load(bundled("student"))
-    images = model.sample(["a red ring on a blue background"], torch.Generator().manual_seed(0))
+model = load(bundled("student"))
+images = model.sample(["a red ring on a blue background"], torch.Generator().manual_seed(0))
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Model:
     text_encoder: Any
     tokenizer: Any
     meta: checkpoint.Metadata
+    name: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -45,7 +46,11 @@ class Model:
         """Prompts to what the U-Net is conditioned on: encoder_hidden_states (B, L, D), and class_labels (B, P) where
         it takes the pooled text. "" is the null prompt."""
         ids = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
         ).input_ids
         out = self.text_encoder(ids.to(self.device))
         cond = {"encoder_hidden_states": out.last_hidden_state}
@@ -88,13 +93,24 @@ class Model:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Load a OneStep file in fp32. Raises CheckpointError where the file is not sound or lacks the text encoder or VAE."""
+    """Load a OneStep file in fp32. Raises CheckpointError where it is not sound or lacks the text encoder or VAE."""
     meta = checkpoint.read_metadata(path)
     unet, vae, text_encoder, tokenizer = checkpoint.build(path, device)
     if vae is None or text_encoder is None:
         missing = "VAE" if vae is None else "text encoder"
         raise checkpoint.CheckpointError(f"{path}: holds no {missing}. Export the file with all three parts.")
-    return Model(unet, vae, text_encoder, tokenizer, meta, torch.device(device))
+    return Model(unet, vae, text_encoder, tokenizer, meta, Path(path).name, torch.device(device))
+
+
+def save_student(path: str | Path, teacher: Model, unet: Any, **changes: Any) -> Path:
+    """Write a student that shares its teacher's text encoder, VAE and way of being called, in half precision.
+
+    changes: fields of Metadata, at least method; guidance is marked as baked in and steps as 1 unless they say else.
+    """
+    student = {"steps": 1, "guidance": {**teacher.meta.guidance, "baked": True}, "teacher": teacher.name, "metrics": {}}
+    meta = replace(teacher.meta, **(student | changes))
+    parts = [dict(m.state_dict()) for m in (unet, teacher.vae, teacher.text_encoder)]
+    return checkpoint.write(path, checkpoint.pack(checkpoint.Pipeline(*parts, meta)), torch.float16)
 
 
 def to_pil(images: Tensor) -> list:

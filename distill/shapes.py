@@ -88,6 +88,17 @@ def sample_stated(n: int, generator: torch.Generator) -> Tensor:
     return everything | (torch.rand(n, len(NAMES), generator=generator) < 0.6)
 
 
+def sample_prompts(n: int, generator: torch.Generator) -> list[str]:
+    """n training prompts: half state everything, the others leave something open; none is held out."""
+    return prompts_for(sample_attributes(n, generator), generator)
+
+
+def prompts_for(attributes: Tensor, generator: torch.Generator) -> list[str]:
+    """A training prompt for each row of attributes (n, 5); the rare one that would state nothing is empty."""
+    stated = sample_stated(len(attributes), generator)
+    return [prompt(a, s) if s.any() else "" for a, s in zip(attributes, stated)]
+
+
 def parse(text: str) -> dict[str, str]:
     """The attributes a prompt states, {"shape": "ring", ...}; words it does not know are ignored."""
     text = text.lower()
@@ -98,7 +109,9 @@ def parse(text: str) -> dict[str, str]:
             found["background"] = back[1]
         text = text.replace(back[0], " ")
     for name in ("shape", "colour", "size", "position"):
-        found |= {name: v for v in ATTRIBUTES[name] if re.search(rf"\b{v}\b", text)}
+        words = [v for v in ATTRIBUTES[name] if re.search(rf"\b{v}\b", text)]
+        if words:
+            found[name] = words[0]
     return found
 
 

@@ -49,13 +49,6 @@ def latent_pool(vae: PatchAutoencoder, n: int, seed: int = 0) -> tuple[Tensor, T
     return torch.cat(attributes), torch.cat(latents)
 
 
-def random_prompts(attributes: Tensor, generator: torch.Generator, null_share: float = NULL_SHARE) -> list[str]:
-    """A training prompt per row: half state everything, others leave something open, a tenth are empty."""
-    stated = shapes.sample_stated(len(attributes), generator)
-    empty = torch.rand(len(attributes), generator=generator) < null_share
-    return ["" if e or not s.any() else shapes.prompt(a, s) for a, s, e in zip(attributes, stated, empty)]
-
-
 def x0_weight(schedule: Schedule, t: Tensor) -> Tensor:
     """The v-prediction loss as a weight on x0, 1 + SNR (Salimans & Ho 2022, section 4), capped at 5 so that the
     almost clean end, which costs little and matters little, does not drown the rest."""
@@ -84,7 +77,9 @@ def train(
         x0 = latents[rows].float()
         t = rand((batch,), generator)
         x_t = SCHEDULE.noise(x0, t, randn(x0.shape, generator))
-        error = denoiser(x_t, t, encode(random_prompts(attributes[rows], generator))) - x0
+        empty = torch.rand(batch, generator=generator) < NULL_SHARE
+        prompts = ["" if e else p for p, e in zip(shapes.prompts_for(attributes[rows], generator), empty)]
+        error = denoiser(x_t, t, encode(prompts)) - x0
         return (expand(x0_weight(SCHEDULE, t), x0) * error.square()).mean()
 
     return fit(unet, loss, minutes, lr, seed, "teacher", ema=0.9995, every=every, flat=flat)

@@ -21,7 +21,7 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unknown|>")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; words outside the vocabulary become <|unknown|>. Pads with the end token, as Stable Diffusion."""
+    """One token a word, <|unknown|> for others; pads with the end token as Stable Diffusion does."""
     words = [*SPECIAL, *shapes.vocabulary()]
     start, end, unknown = SPECIAL
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown))

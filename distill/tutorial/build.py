@@ -1,0 +1,139 @@
+"""Makes the bundled models: `python -m distill.tutorial.build [vae text judge teacher student]`, default all.
+
+Parts are kept in `--work` as they are made, so that each can be made again alone. The minutes are those the bundled
+files were given on two cores of a shared virtual machine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .. import checkpoint
+from ..autoencoder import PatchAutoencoder
+from ..metrics import Judge, evaluate
+from ..model import Model, load, save_student
+from . import judge as judges
+from . import teacher as teachers
+from . import text, vae
+
+PARTS = ("vae", "text", "judge", "teacher", "measure")
+
+
+@dataclass(frozen=True)
+class Build:
+    parts: tyro.conf.Positional[tuple[Literal["vae", "text", "judge", "teacher", "measure"], ...]] = PARTS
+    """What to make, in this order."""
+    work: Path = Path("runs/tutorial")
+    """Where parts are kept."""
+    assets: Path = checkpoint.ASSETS
+    """Where finished files go."""
+    minutes: dict[str, float] | None = None
+    """Minutes per part, e.g. --minutes teacher 5; default: what the bundled ones took."""
+    pool: int = 60000
+    """Latents the teacher trains on."""
+    seed: int = 0
+
+
+MINUTES = {"vae": 8.0, "text": 1.5, "judge": 6.0, "teacher": 70.0}
+
+
+def run(o: Build) -> None:
+    o.work.mkdir(parents=True, exist_ok=True)
+    minutes = MINUTES | (o.minutes or {})
+    makers = {"vae": make_vae, "text": make_text, "judge": make_judge, "teacher": make_teacher, "measure": measure}
+    for part in PARTS:
+        if part in o.parts:
+            makers[part](o, minutes.get(part, 0.0))
+
+
+def make_vae(o: Build, minutes: float) -> None:
+    save_file(vae.train(minutes, o.seed).state_dict(), o.work / "vae.safetensors")
+
+
+def make_text(o: Build, minutes: float) -> None:
+    save_file(text.train(minutes, o.seed)[0].state_dict(), o.work / "text.safetensors")
+
+
+def make_judge(o: Build, minutes: float) -> None:
+    judge = judges.train(minutes, o.seed)
+    accuracy = {k: f"{v:.4f}" for k, v in judges.accuracy(judge).items()}
+    print("judge on 4096 fresh renders:", accuracy)
+    weights = {k: v.half() for k, v in judge.state_dict().items()}
+    card = {"onestep.judge": "1", "accuracy": json.dumps(accuracy), "accuracy_n": "4096", "license": "Apache-2.0"}
+    save_file(weights, o.assets / "judge.safetensors", card)
+
+
+def parts(o: Build) -> tuple[PatchAutoencoder, nn.Module]:
+    autoencoder, encoder = PatchAutoencoder(), text.make_encoder()
+    autoencoder.load_state_dict(load_file(o.work / "vae.safetensors"))
+    encoder.load_state_dict(load_file(o.work / "text.safetensors"))
+    return autoencoder.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
+
+
+def make_teacher(o: Build, minutes: float) -> None:
+    autoencoder, encoder = parts(o)
+    tokenizer = text.make_tokenizer()
+    pool = teachers.latent_pool(autoencoder, o.pool, o.seed)
+
+    def save(unet: nn.Module, minutes: float) -> None:
+        save_file({k: v.contiguous() for k, v in unet.state_dict().items()}, o.work / "teacher.safetensors")
+
+    save(teachers.train(pool, lambda p: text.encode(encoder, tokenizer, p), minutes, seed=o.seed, every=save), minutes)
+    pack_teacher(o)
+
+
+def pack_teacher(o: Build) -> Path:
+    """Write the teacher as one OneStep file, from its parts."""
+    autoencoder, encoder = parts(o)
+    unet = UNet2DConditionModel(**teachers.CONFIG)
+    unet.load_state_dict(load_file(o.work / "teacher.safetensors"))
+    factors, bias = preview(autoencoder)
+    latent = {"channels": 8, "scale": 1.0, "shift": 0.0, "factor": 8, "rgb_factors": factors, "rgb_bias": bias}
+    pipeline = checkpoint.from_modules(
+        unet, autoencoder, encoder, text.make_tokenizer(),
+        prediction=teachers.PREDICTION, schedule=teachers.SCHEDULE.spec, t_in=999, steps=50, latent=latent,
+        guidance={"scale": teachers.GUIDANCE, "baked": False}, config={"minutes": MINUTES["teacher"], "seed": o.seed},
+    )  # fmt: skip
+    return checkpoint.write(o.assets / "teacher.safetensors", checkpoint.pack(pipeline), torch.float16)
+
+
+@torch.no_grad()
+def preview(autoencoder: PatchAutoencoder) -> tuple[list, list]:
+    """The linear map from a latent to the mean colour of its patch, by least squares: factors (C, 3) and bias (3,)."""
+    images = vae.pictures(256, torch.Generator().manual_seed(5))
+    z = autoencoder.encode(images).permute(0, 2, 3, 1).reshape(-1, 8)
+    colour = nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    solution = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), colour).solution
+    return [[round(v, 5) for v in row] for row in solution[:-1].tolist()], [round(v, 5) for v in solution[-1].tolist()]
+
+
+def measure(o: Build, minutes: float) -> None:
+    """Write each bundled model's own figures into its metadata."""
+    judge = Judge.load(o.assets / "judge.safetensors")
+    for name in ("teacher", "student"):
+        path = o.assets / f"{name}.safetensors"
+        if path.exists():
+            model = load(path)
+            report = evaluate(lambda p, g, m=model: m.sample(p, g), judge).to_dict()
+            print(name, report)
+            store(path, model, report)
+
+
+def store(path: Path, model: Model, report: dict) -> None:
+    save_student(
+        path, model, model.unet, metrics={"report": report}, method=model.meta.method, steps=model.meta.steps,
+        guidance=model.meta.guidance, teacher=model.meta.teacher,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Build, description=__doc__))
