@@ -1,10 +1,12 @@
 """OneStep in ComfyUI: one-step distilled and 4-bit quantized diffusion models as native MODEL, CLIP and VAE.
 
-ComfyUI imports this folder as a package and calls `comfy_entrypoint`. Everything else imports it without a package
-(pytest collects it so), where there is nothing to offer.
+ComfyUI imports this folder as a package and calls `comfy_entrypoint`. Whatever else imports it (pytest does) gets an
+empty module.
 """
 
-if __package__:
+from importlib.util import find_spec
+
+if find_spec("folder_paths"):  # a module that only ComfyUI has
     from comfy_api.latest import ComfyExtension
 
     from .nodes import NODES

@@ -8,6 +8,7 @@ cure, where ComfyUI's classes cannot hold the architecture or the weights do not
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,8 @@ import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 
-from ..distill.checkpoint import CheckpointError, Metadata, Weights, check_fit
+from ..distill.autoencoder import PatchAutoencoder
+from ..distill.checkpoint import CheckpointError, Metadata, Weights, check_fit, is_patch
 from ..distill.layouts import per_level
 from .recipe import attach
 
@@ -220,7 +222,12 @@ def build_model(path: Path, meta: Metadata, weights: Weights):
 
 
 def build_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
-    """LDM-keyed AutoencoderKL weights of any depth and width -> VAE."""
+    """The file's autoencoder -> VAE."""
+    return (build_patch_vae if is_patch(config) else build_kl_vae)(path, config, weights)
+
+
+def build_kl_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
+    """LDM-keyed AutoencoderKL weights of any depth and width, in ComfyUI's own class."""
     require(path, "VAE", config, FIXED_VAE)
     channels, latent = config["block_out_channels"], config["latent_channels"]
     require_multiples(path, "VAE", channels)
@@ -243,6 +250,37 @@ def build_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
     vae.latent_channels = latent
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(channels) - 1)
     return vae
+
+
+def build_patch_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
+    """The tutorial's autoencoder, which ComfyUI has no class for, behind ComfyUI's VAE."""
+    module = PatchAutoencoder.from_config(config)
+    check_fit(path, "VAE", module.state_dict(), weights)
+    module.load_state_dict(weights)
+    return ModuleVAE(module, config["channels"], config["factor"])
+
+
+class ModuleVAE(comfy.sd.VAE):
+    """Any module with encode(images in [-1, 1]) and decode(latents), in ComfyUI's memory management."""
+
+    def __init__(self, module: torch.nn.Module, channels: int, factor: int):
+        silence = logging.Filter()
+        silence.filter = lambda record: "No VAE weights" not in record.getMessage()
+        logging.getLogger().addFilter(silence)
+        try:
+            super().__init__(sd={})  # every default of the running version; it warns that it finds no weights and stops
+        finally:
+            logging.getLogger().removeFilter(silence)
+        self.latent_channels = channels
+        self.downscale_ratio = self.upscale_ratio = factor
+        self.device, self.output_device = mm.vae_device(), mm.intermediate_device()
+        self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
+        self.first_stage_model = module.eval().to(self.vae_dtype)
+        mm.archive_model_dtypes(module)
+        # the static patcher: the dynamic one manages ComfyUI's own layers only
+        patcher = comfy.model_patcher.ModelPatcher
+        self.patcher = patcher(module, load_device=self.device, offload_device=mm.vae_offload_device())
+        self.model_size()
 
 
 # ------------------------------------------------------------------------------------------------ CLIP

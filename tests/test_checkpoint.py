@@ -24,11 +24,6 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def mods():
-    return tiny.modules()
-
-
-@pytest.fixture(scope="module")
 def path(mods, tmp_path_factory):
     file = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     return checkpoint.write(file, checkpoint.pack(tiny.pipeline(mods)))
@@ -40,7 +35,15 @@ def same(a, b):
         assert torch.equal(a[key], b[key]), key
 
 
-def test_round_trip_is_exact(mods, path):
+@pytest.fixture(scope="module")
+def kl():
+    return tiny.modules(vae="kl")
+
+
+@pytest.mark.parametrize("kind", ["mods", "kl"])
+def test_round_trip_is_exact(kind, tmp_path, request):
+    mods = request.getfixturevalue(kind)
+    path = checkpoint.write(tmp_path / "x.safetensors", checkpoint.pack(tiny.pipeline(mods)))
     built = checkpoint.build(path)
     for before, after in zip(mods[:3], built[:3], strict=True):
         same(before.state_dict(), after.state_dict())
@@ -83,11 +86,11 @@ def test_vae_names_are_a_bijection(levels):
     same(vae.state_dict(), checkpoint.vae_to_diffusers(ldm, vae.config))
 
 
-def test_diffusers_reads_our_vae_names(mods):
+def test_diffusers_reads_our_vae_names(kl):
     """diffusers' own converter, as an oracle."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    vae = mods.vae
+    vae = kl.vae
     ldm = checkpoint.vae_to_ldm(vae.state_dict(), vae.config)
     same(
         vae.state_dict(), convert_ldm_vae_checkpoint({f"first_stage_model.{k}": v for k, v in ldm.items()}, vae.config)
@@ -112,8 +115,8 @@ def test_metadata_is_flat_strings_and_has_the_contract_s_keys(path):
     assert strings["t_in"] == "999" and strings["prediction"] == "x0" and json.loads(strings["schedule"]) == tiny.DDPM
 
 
-def test_keys_are_stable_diffusion_s(path):
-    keys = checkpoint.read(path).weights.keys()
+def test_keys_are_stable_diffusion_s(kl):
+    keys = checkpoint.pack(tiny.pipeline(kl)).weights.keys()
     assert "model.diffusion_model.label_emb.0.0.weight" in keys
     assert "first_stage_model.decoder.up.3.upsample.conv.weight" in keys
     assert "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight" in keys

@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from distill import checkpoint
+from distill.autoencoder import PatchAutoencoder
 
 WORDS = [
     "a",
@@ -60,6 +61,16 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "scaling_factor": 1.0,
 }
+TEXT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
 def tokenizer():
@@ -77,33 +88,24 @@ def tokenizer():
     )
 
 
-def modules(seed: int = 0, **unet_config) -> checkpoint.Modules:
-    """Random weights; `unet_config` overrides UNET."""
+def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_config) -> checkpoint.Modules:
+    """Random weights; `unet_config` overrides UNET, text TEXT; vae is "patch" (the tutorial's) or "kl" (AutoencoderKL)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**UNET | unet_config)
-        vae = AutoencoderKL(**VAE)
+        vae = PatchAutoencoder(width=32) if vae == "patch" else AutoencoderKL(**VAE)
         words = tokenizer()
-        text_config = CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=32,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-        text_encoder = CLIPTextModel(text_config)
+        text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **TEXT | (text or {})))
         with torch.no_grad():  # norms and embeddings start flat: make every weight matter
             for module in (unet, vae, text_encoder):
                 for weight in module.parameters():
                     weight.add_(0.02 * torch.randn_like(weight))
-            text_encoder.get_input_embeddings().weight.add_(torch.randn(len(words), 128))
+            text_encoder.get_input_embeddings().weight.add_(
+                torch.randn_like(text_encoder.get_input_embeddings().weight)
+            )
     return checkpoint.Modules(unet.eval(), vae.eval(), text_encoder.eval(), words)
 
 
@@ -114,9 +116,15 @@ def pipeline(mods: checkpoint.Modules, **meta) -> checkpoint.Pipeline:
     return checkpoint.from_modules(*mods, **fields | meta)
 
 
-def write(path, dtype=None, seed: int = 0, unet: dict | None = None, **meta):
+def write(path, dtype=None, seed: int = 0, vae="patch", text: dict | None = None, unet: dict | None = None, **meta):
     """Write a tiny random file and return its path."""
-    return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, **unet or {}), **meta)), dtype)
+    return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, vae, text, **unet or {}), **meta)), dtype)
+
+
+def decode(mods: checkpoint.Modules, latent: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+    image = mods.vae.decode(latent)
+    return getattr(image, "sample", image).clamp(-1, 1)
 
 
 @torch.no_grad()

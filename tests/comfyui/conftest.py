@@ -1,0 +1,78 @@
+"""One real ComfyUI for all tests here, with tiny random models in its folders. Without a ComfyUI they skip."""
+
+import shutil
+import textwrap
+
+import pytest
+import tiny
+import torch
+from server import HINT, PACK, Client, Server, find_comfyui, find_python
+
+MODELS = {
+    "student.safetensors": {},
+    "half.safetensors": {"dtype": torch.float16},
+    "eps-399.safetensors": {"prediction": "eps", "t_in": 399},
+    "v-399.safetensors": {"prediction": "v", "t_in": 399},
+    "flow.safetensors": {"prediction": "flow", "schedule": tiny.FLOW, "t_in": 1000},
+    "flow-750.safetensors": {"prediction": "flow", "schedule": tiny.FLOW, "t_in": 750},
+    "few-steps.safetensors": {"steps": 4},
+    "teacher.safetensors": {"method": "teacher", "steps": 5, "guidance": {"scale": 2.0, "baked": False}},
+    "linear.safetensors": {"unet": {"use_linear_projection": True, "attention_head_dim": (2, 4)}},
+    "kl.safetensors": {"vae": "kl"},
+    "latent.safetensors": {"latent": tiny.LATENT | {"scale": 0.5, "shift": 0.1}},
+}
+# A node only these tests have: the same MODEL as if another loader had made it.
+STRANGER = """
+    from comfy_api.latest import ComfyExtension, io
+
+    class Stranger(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema("TestStranger", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+
+        @classmethod
+        def execute(cls, model):
+            model = model.clone()
+            model.remove_attachments("onestep")
+            return io.NodeOutput(model)
+
+    class Extension(ComfyExtension):
+        async def get_node_list(self):
+            return [Stranger]
+
+    async def comfy_entrypoint():
+        return Extension()
+"""
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """(folder, interpreter)"""
+    folder = find_comfyui()
+    if folder is None:
+        pytest.skip(HINT)
+    return folder, find_python(folder)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    pytest.importorskip("websocket", reason="pip install websocket-client")
+    base = tmp_path_factory.mktemp("comfyui")
+    for folder in ("models/diffusion_models", "models/checkpoints", "models/loras", "input", "output", "user/default"):
+        (base / folder).mkdir(parents=True)
+    for name, options in MODELS.items():
+        tiny.write(base / "models/diffusion_models" / name, **options)
+    (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')  # no welcome overlay
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes/onestep-nodes").symlink_to(PACK, target_is_directory=True)
+    (base / "custom_nodes/stranger.py").write_text(textwrap.dedent(STRANGER))
+    server = Server(comfyui[0], base)
+    server.wait()
+    yield server
+    server.stop()
+    shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    return Client(server)

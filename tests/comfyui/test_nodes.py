@@ -1,0 +1,360 @@
+"""The nodes inside a real ComfyUI, against diffusers and the library on the same files."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import MODELS
+from safetensors.torch import load_file, save_file
+from server import PACK, environment, node
+
+from distill import checkpoint, denoiser, sample, schedule
+
+PROMPT = "a small red ring on a blue background, top left"
+SEED = 7
+
+
+def load(file: str, prompt: str = PROMPT) -> dict:
+    return {
+        "load": node("OneStepLoadStudent", file=file),
+        "positive": node("CLIPTextEncode", clip=["load", 1], text=prompt),
+        "negative": node("CLIPTextEncode", clip=["load", 1], text=""),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
+    }
+
+
+def save(latent: str = "sample", slot: int = 0) -> dict:
+    return {"save": node("SaveLatent", samples=[latent, slot], filename_prefix="latents/test")}
+
+
+def one_step(file: str, model=("load", 0), seed: int = SEED) -> dict:
+    inputs = {"model": list(model), "positive": ["positive", 0], "latent": ["empty", 0], "seed": seed}
+    return load(file) | {"sample": node("OneStepSample", **inputs)} | save()
+
+
+def scheduled(file: str, guider: dict, seed: int = SEED) -> dict:
+    """Stock SamplerCustomAdvanced with our sampler and sigmas."""
+    return (
+        load(file)
+        | save()
+        | {
+            "schedule": node("OneStepSchedule", model=["load", 0]),
+            "noise": node("RandomNoise", noise_seed=seed),
+            "guider": guider,
+            "sample": node(
+                "SamplerCustomAdvanced",
+                noise=["noise", 0],
+                guider=["guider", 0],
+                sampler=["schedule", 0],
+                sigmas=["schedule", 1],
+                latent_image=["empty", 0],
+            ),
+        }
+    )
+
+
+def latent_of(client, graph: dict) -> torch.Tensor:
+    run = client.run(graph)
+    assert not run.errors, run.errors
+    return client.latent(run.outputs["save"]["latents"][0])
+
+
+def library(path, mods=None):
+    """The same file through diffusers -> (Denoiser, cond of PROMPT, cond of the null prompt, noise, t_in)."""
+    meta, mods = checkpoint.read_metadata(path), mods or checkpoint.build(path)
+    levels = schedule.from_spec(meta.schedule)
+    d = denoiser.from_net(denoiser.diffusers_net(mods.unet), levels, meta.prediction)
+    conds = [{k: v.expand(2, *v.shape[1:]) for k, v in tiny.encode(mods, [p]).items()} for p in (PROMPT, "")]
+    noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(SEED))
+    return d, *conds, noise, float(levels.time(meta.t_in))
+
+
+def close(a, b, tolerance: float = 1e-4):
+    assert a.shape == b.shape and b.std() > 0.1
+    assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.fixture(scope="session")
+def folder(server):
+    return server.base / "models/diffusion_models"
+
+
+# ------------------------------------------------------------------------------------------------ golden
+
+
+@pytest.mark.parametrize("file", [f for f in MODELS if f != "latent.safetensors"])
+@torch.no_grad()
+def test_same_noise_same_latent_as_the_library(client, folder, file):
+    d, cond, _, noise, t_in = library(folder / file)
+    close(latent_of(client, one_step(file)), sample.one_step(d, t_in)(noise, cond))
+
+
+@torch.no_grad()
+def test_latent_scale_and_shift_of_the_file(client, folder):
+    d, cond, _, noise, t_in = library(folder / "latent.safetensors")
+    expected = sample.one_step(d, t_in)(noise, cond) / 0.5 + 0.1
+    close(latent_of(client, one_step("latent.safetensors")), expected)
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "eps-399.safetensors", "flow-750.safetensors"])
+def test_stock_sampler_with_our_schedule_gives_the_same(client, file):
+    guider = node("BasicGuider", model=["load", 0], conditioning=["positive", 0])
+    close(latent_of(client, scheduled(file, guider)), latent_of(client, one_step(file)), 1e-6)
+
+
+@torch.no_grad()
+def test_teacher_with_our_schedule_is_the_library_s_solver(client, folder):
+    cfg = node("CFGGuider", model=["load", 0], positive=["positive", 0], negative=["negative", 0], cfg=2.0)
+    d, cond, null, noise, _ = library(folder / "teacher.safetensors")
+    expected = sample.solve(denoiser.guided(d, 2.0, null), noise, cond, solver="ddim", steps=5)
+    close(latent_of(client, scheduled("teacher.safetensors", cfg)), expected)
+
+
+def test_teacher_with_stock_ksampler(client, folder):
+    """Nothing of ours samples here: the file is an ordinary model, and 5 simple steps of Euler are DDIM's."""
+    graph = one_step("teacher.safetensors")
+    graph["sample"] = node(
+        "KSampler",
+        model=["load", 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        latent_image=["empty", 0],
+        seed=SEED,
+        steps=5,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    d, cond, null, noise, _ = library(folder / "teacher.safetensors")
+    times = [i / 999 for i in (999, 799, 599, 399, 199)]
+    expected = sample.solve(denoiser.guided(d, 2.0, null), noise, cond, solver="ddim", times=times)
+    close(latent_of(client, graph), expected)
+
+
+def test_a_student_of_several_steps_takes_them(client):
+    guider = node("BasicGuider", model=["load", 0], conditioning=["positive", 0])
+    run = client.run(scheduled("few-steps.safetensors", guider))
+    assert not run.errors and [e for e in run.events if e[0] == "progress"][-1]
+    again = latent_of(client, scheduled("few-steps.safetensors", guider, seed=8))
+    once = latent_of(client, one_step("few-steps.safetensors", seed=8))
+    assert (again - once).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "kl.safetensors"])
+@torch.no_grad()
+def test_vae_decodes_and_encodes_as_the_library_s(client, folder, file):
+    graph = one_step(file) | {
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2]),
+        "image": node("PreviewImage", images=["decode", 0]),
+        "encode": node("VAEEncode", pixels=["decode", 0], vae=["load", 2]),
+        "again": node("SaveLatent", samples=["encode", 0], filename_prefix="latents/encoded"),
+    }
+    run = client.run(graph)
+    mods = checkpoint.build(folder / file)
+    latent, encoded = (client.latent(run.outputs[k]["latents"][0]) for k in ("save", "again"))
+    images = tiny.decode(mods, latent)
+    for reference, image in zip(run.outputs["image"]["images"], images, strict=True):
+        pixels = torch.from_numpy(np.array(client.image(reference).convert("RGB"), np.float32))
+        assert (pixels - 127.5 * (image.permute(1, 2, 0) + 1)).abs().max() <= 1.01  # 8 bits
+    if file == "student.safetensors":
+        return close(encoded, mods.vae.encode(images))
+    posterior = mods.vae.encode(images).latent_dist  # ComfyUI draws from it
+    assert ((encoded - posterior.mean).abs() < 6 * posterior.std + 1e-3).all()
+
+
+# ------------------------------------------------------------------------------------------------ patches
+
+
+def kohya_lora(mods, path):
+    """A random LoRA with kohya's names on some layers of every kind; returns the modules with it merged."""
+    generator, lora = torch.Generator().manual_seed(1), {}
+    for prefix, module in (("lora_unet", mods.unet), ("lora_te", mods.text_encoder)):
+        for name, layer in list(module.named_modules()):
+            if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) or "class_embedding" in name:
+                continue
+            name = name if prefix == "lora_unet" or name.startswith("text_model.") else f"text_model.{name}"
+            inner = (layer.weight.shape[1], *layer.weight.shape[2:])
+            down = 0.1 * torch.randn(4, *inner, generator=generator)
+            up = 0.1 * torch.randn(layer.weight.shape[0], 4, *[1] * (len(inner) - 1), generator=generator)
+            key = f"{prefix}_{name.replace('.', '_')}"
+            lora |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+            with torch.no_grad():
+                layer.weight += 2.0 / 4 * (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+    save_file(lora, path)
+    return mods, len(lora) // 3
+
+
+@torch.no_grad()
+def test_stock_lora_loader_patches_every_layer(client, server, folder):
+    merged, layers = kohya_lora(
+        checkpoint.build(folder / "student.safetensors"), server.base / "models/loras/l.safetensors"
+    )
+    assert layers > 60
+    graph = one_step("student.safetensors", model=("lora", 0))
+    graph["lora"] = node(
+        "LoraLoader",
+        model=["load", 0],
+        clip=["load", 1],
+        lora_name="l.safetensors",
+        strength_model=1.0,
+        strength_clip=1.0,
+    )
+    graph["positive"]["inputs"]["clip"] = ["lora", 1]
+    d, cond, _, noise, t_in = library(folder / "student.safetensors", merged)
+    close(latent_of(client, graph), sample.one_step(d, t_in)(noise, cond))
+    assert "lora key not loaded" not in server.log
+    plain, *_ = library(folder / "student.safetensors")
+    assert (sample.one_step(d, t_in)(noise, cond) - sample.one_step(plain, t_in)(noise, cond)).abs().max() > 0.1
+
+
+def test_freeu_works(client):
+    graph = one_step("student.safetensors", model=("freeu", 0))
+    graph["freeu"] = node("FreeU", model=["load", 0], b1=1.3, b2=1.4, s1=0.9, s2=0.2)
+    assert (latent_of(client, graph) - latent_of(client, one_step("student.safetensors"))).abs().max() > 1e-3
+
+
+def test_prompt_weights_work(client):
+    """`(word:1.5)` is ComfyUI's own syntax; the tokenizer and the encoder must follow it."""
+    graph = one_step("student.safetensors")
+    graph["positive"]["inputs"]["text"] = "a small (red:1.5) ring"
+    assert (latent_of(client, graph) - latent_of(client, one_step("student.safetensors"))).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ manners
+
+
+def test_progress_and_preview_reach_the_page(client):
+    run = client.run(one_step("student.safetensors", seed=99))
+    assert ("progress", "sample") in run.events
+    assert any(kind == "preview" for kind, _ in run.events)
+
+
+def test_schemas_help_and_search(server):
+    info = server.json("/object_info")
+    ours = {k: v for k, v in info.items() if v["python_module"].endswith("onestep-nodes")}
+    assert ours.keys() == {"OneStepLoadStudent", "OneStepSample", "OneStepSchedule"}
+    for name, schema in ours.items():
+        inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        assert all(options.get("tooltip") for _, options in inputs.values()), name
+        assert all(schema["output_tooltips"]) and schema["description"] and schema["search_aliases"], name
+        page = server.get(f"/extensions/onestep-nodes/docs/{name}.md").decode()
+        assert page.startswith("# ") and all(f"`{i}`" in page for i in inputs), name
+    files = ours["OneStepLoadStudent"]["input"]["required"]["file"][1]["options"]
+    assert files[:2] == ["bundled: student", "bundled: teacher"] and "student.safetensors" in files
+
+
+PROBE = """
+import sys, time
+sys.argv = ["main.py", "--cpu", "--base-directory", sys.argv[2]]
+pack = {pack!r}
+sys.path.insert(0, ".")
+import comfy.options; comfy.options.enable_args_parsing()
+import nodes, comfy_api.latest, asyncio, importlib.util
+before = set(sys.modules)
+start = time.perf_counter()
+spec = importlib.util.spec_from_file_location("pack", pack + "/__init__.py", submodule_search_locations=[pack])
+module = importlib.util.module_from_spec(spec); sys.modules["pack"] = module; spec.loader.exec_module(module)
+classes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+print("SECONDS", time.perf_counter() - start)
+print("NEW", *sorted(m for m in set(sys.modules) - before if not m.startswith("pack") and "." not in m))
+print("OPTIONS", *classes[0].define_schema().inputs[0].options, sep="|")
+"""
+
+
+def test_import_is_quick_and_needs_no_model_folders(comfyui, tmp_path):
+    command = [comfyui[1], "-c", PROBE.format(pack=str(PACK)), "main.py", str(tmp_path)]
+    out = subprocess.run(command, cwd=comfyui[0], env=environment(), capture_output=True, text=True, timeout=300)
+    lines = {line.split(maxsplit=1)[0].split("|")[0]: line for line in out.stdout.splitlines() if line.strip()}
+    assert "SECONDS" in lines, out.stderr[-3000:]
+    assert float(lines["SECONDS"].split()[1]) < 0.1
+    assert not {"diffusers", "peft", "accelerate", "matplotlib", "tyro"} & set(lines["NEW"].split())
+    assert lines["OPTIONS"] == "OPTIONS|bundled: student|bundled: teacher"
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.fixture(scope="session")
+def broken(server, folder):
+    """Files that are wrong in one way each, in models/checkpoints."""
+    target = server.base / "models/checkpoints"
+    sound = (folder / "student.safetensors").read_bytes()
+    metadata = checkpoint.read_header(folder / "student.safetensors")["__metadata__"]
+    weights = load_file(folder / "student.safetensors")
+    unet = json.loads(metadata["architecture"])["unet"]
+
+    def architecture(**changes):
+        return {"architecture": json.dumps(json.loads(metadata["architecture"]) | {"unet": unet | changes})}
+
+    (target / "cut.safetensors").write_bytes(sound[: len(sound) // 2])
+    (target / "page.safetensors").write_bytes(b"<!DOCTYPE html><title>404</title>" * 9)
+    variants = {
+        "stranger": {"onestep.version": None},
+        "newer": {"onestep.version": "2"},
+        "score": {"prediction": "score"},
+        "wider": architecture(block_out_channels=[64, 128]),
+        "groups": architecture(norm_num_groups=16),
+        "gelu": architecture(act_fn="gelu"),
+    }
+    for name, changes in variants.items():
+        changed = {k: v for k, v in (metadata | changes).items() if v is not None}
+        save_file(weights, target / f"{name}.safetensors", changed)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("file", "problem", "cure"),
+    [
+        ("absent", "no such file", "choose another"),
+        ("cut", "truncated", "Download it again"),
+        ("page", "not a safetensors file", "Convert"),
+        ("stranger", "not a OneStep file", "own loaders"),
+        ("newer", "newer OneStep", "Update"),
+        ("score", "'score'", "Write the file again"),
+    ],
+)
+def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, problem, cure):
+    run = client.run(one_step(f"{file}.safetensors"))
+    message = run.errors["load"].splitlines()[0]
+    assert not run.events and f"{file}.safetensors" in message and problem in message and cure in message
+
+
+@pytest.mark.parametrize(
+    ("file", "problem", "cure"),
+    [
+        ("wider", "wrong architecture", "write the file again"),
+        ("groups", "norm_num_groups = 32", "Train with that setting"),
+        ("gelu", "act_fn = 'silu'", "distill sample"),
+    ],
+)
+def test_a_wrong_architecture_names_the_weight_or_the_setting(client, broken, file, problem, cure):
+    run = client.run(one_step(f"{file}.safetensors"))
+    message = run.errors["load"].splitlines()[0]
+    assert f"{file}.safetensors" in message and problem in message and cure in message
+
+
+def test_a_model_of_another_loader_is_told_which_loader(client):
+    graph = one_step("student.safetensors", model=("stranger", 0))
+    graph["stranger"] = node("TestStranger", model=["load", 0])
+    assert "OneStep Load Student" in client.run(graph).errors["sample"].splitlines()[0]
+
+
+def test_a_prompt_of_another_clip_is_told_which_clip(client, folder):
+    tiny.write(folder / "other.safetensors", text={"hidden_size": 64})
+    graph = one_step("student.safetensors")
+    graph["other"] = node("OneStepLoadStudent", file="other.safetensors")
+    graph["positive"]["inputs"]["clip"] = ["other", 1]
+    assert "CLIP of the same" in client.run(graph).errors["sample"].splitlines()[0]
+
+
+def test_a_file_written_again_is_loaded_again(client, folder):
+    tiny.write(folder / "again.safetensors", seed=1)
+    first = latent_of(client, one_step("again.safetensors"))
+    tiny.write(folder / "again.safetensors", seed=2)
+    os.utime(folder / "again.safetensors", (1, 1))
+    assert (latent_of(client, one_step("again.safetensors")) - first).abs().max() > 0.01
