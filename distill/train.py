@@ -261,15 +261,15 @@ def _iteration(run: Run, method, batches: Batches, accelerator, device: torch.de
         logs.update(readouts, **{f"{name}_grad_norm": nn.utils.clip_grad_norm_(params, o.clip)})
         run.optimizers[name].step()
 
-    drawn = fresh()
-    coach_only = method.coach_loss is not None and run.step < o.coach_warmup
-    if not coach_only:
+    drawn = None
+    if method.coach_loss is None or run.step >= o.coach_warmup:
+        drawn = fresh()
         update("student", method.student_loss, drawn)
         run.updates += 1
         run.average()
     for _ in range(o.coach_steps if method.coach_loss is not None else 0):
-        update("coach", method.coach_loss, drawn)
-        drawn = fresh()
+        update("coach", method.coach_loss, drawn or fresh())  # the first sees the student's batch, and may share it
+        drawn = None
     values = dict(zip(logs, torch.stack([v.detach().float() for v in logs.values()]).tolist()))
     _check(run, values)
     return values
