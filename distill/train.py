@@ -127,7 +127,7 @@ class Run:
         lr = {"student": options.lr, "coach": options.coach_lr}
         adamw = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
         self.optimizers = {name: torch.optim.AdamW(p, lr=lr[name], **adamw) for name, p in self.params.items()}
-        self.step, self.seconds, self.updates = 0, 0.0, 0
+        self.step, self.seconds, self.updates, self.logs = 0, 0.0, 0, {}
 
     def progress(self) -> float:
         o = self.options
@@ -160,7 +160,8 @@ class Run:
         for name, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}_optimizer/{i}/{k}": v for k, v in state.items()}
-        state = {"step": self.step, "seconds": self.seconds, "updates": self.updates, "options": asdict(self.options)}
+        state = {name: getattr(self, name) for name in ("step", "seconds", "updates", "logs")}
+        state["options"] = asdict(self.options)
         return persist.save(folder, self.step, tensors, state, self.options.keep)
 
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:
@@ -176,7 +177,11 @@ class Run:
                 i, _, k = key.partition("/")
                 moments.setdefault(int(i), {})[k] = v
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.step, self.seconds, self.updates = state["step"], state["seconds"], state["updates"]
+        for name in ("step", "seconds", "updates", "logs"):
+            setattr(self, name, state[name])
+
+    def report(self, row: dict[str, float] | None = None) -> Step:
+        return Step(self.step, self.progress(), self.seconds, self.logs, self.ema, self.student, row or {})
 
 
 # ----------------------------------------------------------------------------------------------------- the loop
@@ -196,7 +201,7 @@ def train(
     batches(step, generator) -> the method's batch, drawn from the generator alone; tensors may be on any device.
     out: folder for checkpoints/, log.csv and TensorBoard files. resume: go on from the newest readable checkpoint
     there, if any; without it a folder that holds a run is refused (FileExistsError). A run resumed with other options
-    goes on with the new ones. Ctrl-C, break and close() leave a checkpoint of the last whole step (keep no reference
+    goes on with the new ones; one that had ended yields its last step again. Ctrl-C, break and close() leave a checkpoint of the last whole step (keep no reference
     to the generator, or close it). With `minutes`, the clock decides the learning rates, so only runs by `steps`
     repeat bitwise. Raises Diverged.
     """
@@ -214,15 +219,18 @@ def train(
     writers = _writers(Path(out), run.step) if out is not None and accelerator.is_main_process else []
     keep = folder is not None and accelerator.is_main_process
     sums: dict[str, list[float]] = {}
-    clock = time.monotonic() - run.seconds
+    clock, between = time.monotonic() - run.seconds, True
     try:
+        if run.progress() == 1:
+            yield run.report()
         while run.progress() < 1:
             with whole():
-                logs = _iteration(run, method, batches, accelerator, device)
+                between = False
+                run.logs = _iteration(run, method, batches, accelerator, device)
                 run.step += 1
                 run.seconds = _agree(time.monotonic() - clock, accelerator)
-                row = {}
-                for name, value in logs.items():
+                between, row = True, {}
+                for name, value in run.logs.items():
                     sums.setdefault(name, []).append(value)
                 if run.step % options.log_every == 0 or run.progress() == 1:
                     row = {name: sum(values) / len(values) for name, values in sums.items()} | {"seconds": run.seconds}
@@ -231,9 +239,9 @@ def train(
                         write(run.step, row)
                 if keep and (run.step % options.save_every == 0 or run.progress() == 1):
                     run.save(folder)
-            yield Step(run.step, run.progress(), run.seconds, logs, run.ema, student, row)
+            yield run.report(row)
     except (KeyboardInterrupt, GeneratorExit):
-        if keep:
+        if keep and between:  # never half a step: a second Ctrl-C leaves the checkpoint before
             run.save(folder)
         raise
 

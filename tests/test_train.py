@@ -148,7 +148,8 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run("sds", tmp_path)
     with pytest.raises(FileExistsError, match="resume=True"):
         run("sds", tmp_path)
-    assert run("sds", tmp_path, resume=True) is None  # nothing left to do
+    ended = run("sds", tmp_path, resume=True)  # nothing left to do
+    assert (ended.step, ended.progress) == (12, 1) and ended.logs["student_loss"] > 0
     assert run("sds", tmp_path, replace(TINY, steps=14), resume=True).step == 14
 
 
@@ -175,6 +176,23 @@ def test_ctrl_c_waits_for_the_step_and_saves(tmp_path):
     run("copy", tmp_path / "halted", resume=True)
     run("copy", tmp_path / "straight")
     assert_same(tmp_path / "straight", tmp_path / "halted")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(tmp_path):
+    method, student, coach = build("copy")
+    loss, seen = method.coach_loss, []
+
+    def impatient(batch, generator):
+        if len(seen) == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return loss(batch, generator)
+
+    method.coach_loss = impatient
+    with pytest.raises(KeyboardInterrupt):
+        for step in train(method, student, coach, batches, TINY, tmp_path):
+            seen.append(step.step)
+    assert contents(tmp_path)[2] == "step-00000004.safetensors"
 
 
 def test_ctrl_c_in_the_callers_own_code_saves_too(tmp_path):
