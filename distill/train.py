@@ -201,9 +201,10 @@ def train(
     batches(step, generator) -> the method's batch, drawn from the generator alone; tensors may be on any device.
     out: folder for checkpoints/, log.csv and TensorBoard files. resume: go on from the newest readable checkpoint
     there, if any; without it a folder that holds a run is refused (FileExistsError). A run resumed with other options
-    goes on with the new ones; one that had ended yields its last step again. Ctrl-C, break and close() leave a checkpoint of the last whole step (keep no reference
-    to the generator, or close it). With `minutes`, the clock decides the learning rates, so only runs by `steps`
-    repeat bitwise. Raises Diverged.
+    goes on with the new ones; one that had ended yields its last step again.
+
+    Ctrl-C, break and close() leave a checkpoint of the last whole step (keep no reference to the generator, or close
+    it). With `minutes` the clock decides the learning rates, so only runs by `steps` repeat bitwise. Raises Diverged.
     """
     from accelerate import Accelerator
 

@@ -176,6 +176,23 @@ def test_a_coach_of_another_shape_is_refused(built):
         b.load_state_dict(a.state_dict())
 
 
+def test_the_null_prompt_is_dropped_per_sample(unet):
+    """Of every batch some rows, in all their keys, and about the share asked for."""
+    student, coach, heard = copy.deepcopy(unet), CopyCoach(unet, make), []
+    method = VSD(VSDOptions(null_drop=0.25), one_step(make(student)), coach, NULL)
+
+    def spy(x_t, t, cond):
+        heard.append(cond)
+        return x_t
+
+    coach.denoiser = spy
+    for i in range(20):
+        method.coach_loss({"cond": cond(16, i), "shape": (16, 4, 8, 8)}, generator(i))
+    rows = torch.stack([(c["class_labels"] == 0).all(1) for c in heard])  # 20, 16
+    assert torch.equal(rows, torch.stack([(c["encoder_hidden_states"] == 0).flatten(1).all(1) for c in heard]))
+    assert 0.15 < rows.float().mean() < 0.35 and rows.any(0).all() and not rows.all(1).any()
+
+
 def test_the_coach_learns_the_students_samples_and_the_null_prompt(unet):
     """After some steps it denoises them better than the teacher does, with the prompt and without it."""
     student = copy.deepcopy(unet)

@@ -52,6 +52,18 @@ def test_the_predictions_are_what_the_papers_call_them(schedule):
         torch.testing.assert_close(from_x0(x0, x_t, t, schedule, prediction), value, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+def test_nets_of_edm_and_trigflow_see_inputs_of_unit_spread(schedule):
+    """For data of spread sigma_data, what reaches the net has spread 1 at every t; the others see x_t as it is."""
+    t = torch.linspace(0.05, 0.95, 7)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    spread = ((0.5 * alpha) ** 2 + sigma**2).sqrt()
+    torch.testing.assert_close(PREDICTIONS["edm"](alpha, sigma)[2] * spread, torch.ones(7))
+    if schedule.name == "trig":
+        torch.testing.assert_close(PREDICTIONS["trig"](alpha, sigma)[2] * spread, torch.ones(7))
+    assert all(PREDICTIONS[p](alpha, sigma)[2] == 1 for p in ("x0", "eps", "v", "flow"))
+
+
 def test_differences_of_predictions_are_differences_of_x0():
     schedule = S.ddpm()
     _, t, x0, _, x_t = points(schedule)

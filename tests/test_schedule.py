@@ -24,6 +24,7 @@ def test_ddpm_is_stable_diffusions_table():
     torch.testing.assert_close(s.alpha(t) ** 2, theirs, rtol=1e-4, atol=1e-6)
     assert s.alpha(torch.ones(1)).item() == pytest.approx(0.0683, abs=1e-4)  # SwiftBrush's constant
     assert torch.equal(s.index(t), torch.arange(1000.0))
+    assert s.index(torch.tensor([0.0006, 0.4999])).tolist() == [1, 499]  # the nearest
 
 
 def test_flow_shift_is_diffusers():

@@ -98,7 +98,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("kind", ["lora", "copy", "shared", "sds", "regression"])
-@pytest.mark.parametrize("stop", [1, 6, 8])
+@pytest.mark.parametrize("stop", [1, 6])
 def test_resume_is_bitwise(tmp_path, kind, stop):
     run(kind, tmp_path / "straight")
     assert run(kind, tmp_path / "halted", stop=stop).step == stop
@@ -129,7 +129,7 @@ def test_the_data_come_in_the_same_order_after_a_resume(tmp_path):
     run("copy", tmp_path / "a", source=recorder(straight))
     run("copy", tmp_path / "b", source=recorder(halves), stop=5)
     run("copy", tmp_path / "b", source=recorder(halves), resume=True)
-    assert straight == halves and len(set(straight)) == len(straight)
+    assert straight == halves and len({total for _, total in straight}) == len(straight)
 
 
 def test_the_global_generator_is_neither_used_nor_moved():
@@ -256,6 +256,7 @@ def test_a_crash_while_saving_keeps_the_last_good_one(tmp_path, monkeypatch, mom
         with pytest.raises(OSError, match="no space"):
             run("copy", tmp_path, resume=True)
     assert contents(tmp_path)[2] == "step-00000005.safetensors"
+    assert all(readable(p) for p in persist.checkpoints(tmp_path / "checkpoints"))
     assert run("copy", tmp_path, resume=True).step == 12
 
 
@@ -339,6 +340,7 @@ def test_accumulation_is_a_larger_batch():
     two = run("regression", options=replace(TINY, accumulate=2), source=halves(rows))
     for a, b in zip(one.student.parameters(), two.student.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert one.logs["student_grad_norm"] == pytest.approx(two.logs["student_grad_norm"], rel=1e-3)
 
 
 def test_learning_rates_rise_stay_and_fall():
