@@ -6,6 +6,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 from comfy_api.latest import io
 
 from .recipe import FewStepSampler, recipe, sigmas
@@ -51,7 +52,8 @@ class OneStepSample(io.ComfyNode):
     def execute(cls, model, positive, latent, seed) -> io.NodeOutput:
         schedule = sigmas(recipe(model), steps=1)
         image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
-        noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+        generator = torch.Generator().manual_seed(seed)  # KSampler's numbers, without touching the global generator
+        noise = comfy.sample.prepare_noise_inner(image, generator, latent.get("batch_index"))
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": positive})
         guider.set_cfg(1.0)

@@ -89,7 +89,7 @@ def tokenizer():
 
 
 def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_config) -> checkpoint.Modules:
-    """Random weights; `unet_config` overrides UNET, text TEXT; vae is "patch" (the tutorial's) or "kl" (AutoencoderKL)."""
+    """Random weights; `unet_config` overrides UNET, text TEXT; vae is "patch" (the tutorial's) or "kl"."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import tiny
 import torch
-from server import HINT, PACK, Client, Server, find_comfyui, find_python
+from server import HINT, Client, Server, find_comfyui, find_python
 
 MODELS = {
     "student.safetensors": {},
@@ -58,16 +58,12 @@ def comfyui():
 def server(comfyui, tmp_path_factory):
     pytest.importorskip("websocket", reason="pip install websocket-client")
     base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("models/diffusion_models", "models/checkpoints", "models/loras", "input", "output", "user/default"):
+    for folder in ("models/diffusion_models", "custom_nodes"):
         (base / folder).mkdir(parents=True)
     for name, options in MODELS.items():
         tiny.write(base / "models/diffusion_models" / name, **options)
-    (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')  # no welcome overlay
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes/onestep-nodes").symlink_to(PACK, target_is_directory=True)
     (base / "custom_nodes/stranger.py").write_text(textwrap.dedent(STRANGER))
-    server = Server(comfyui[0], base)
-    server.wait()
+    server = Server.fresh(comfyui[0], base)
     yield server
     server.stop()
     shutil.rmtree(base, ignore_errors=True)

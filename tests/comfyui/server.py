@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACK = Path(__file__).absolute().parents[2]
+MODELS = ("diffusion_models", "checkpoints", "loras")
+FOLDERS = (*(f"models/{m}" for m in MODELS), "input", "output", "user/default", "custom_nodes")
 HINT = (
     "no ComfyUI found. Get one with `pip install comfy-cli && comfy install`, or clone "
     "https://github.com/comfyanonymous/ComfyUI and set COMFYUI_PATH to it (and COMFYUI_PYTHON to its interpreter)"
@@ -67,6 +69,17 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    @classmethod
+    def fresh(cls, comfyui: Path, base: Path) -> Server:
+        """Make the folders ComfyUI expects in `base`, link this pack into custom_nodes, start, and wait."""
+        for folder in FOLDERS:
+            (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')  # no welcome page
+        (base / "custom_nodes/onestep-nodes").symlink_to(PACK, target_is_directory=True)
+        server = cls(comfyui, base)
+        server.wait()
+        return server
 
     @property
     def url(self) -> str:

@@ -358,3 +358,13 @@ def test_a_file_written_again_is_loaded_again(client, folder):
     tiny.write(folder / "again.safetensors", seed=2)
     os.utime(folder / "again.safetensors", (1, 1))
     assert (latent_of(client, one_step("again.safetensors")) - first).abs().max() > 0.01
+
+
+def test_overhead_is_not_above_a_stock_sampler_s(comfyui, folder):
+    """Time in OneStepSample beyond the network, against stock KSampler's on the same MODEL; benchmarks/ prints more."""
+    script = [comfyui[1], str(PACK / "benchmarks/node_overhead.py"), str(folder / "student.safetensors"), "--threads=1"]
+    variables = environment() | {"COMFYUI_PATH": str(comfyui[0])}
+    out = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    ms = json.loads(out.stdout[out.stdout.index("{") :])["ms"]
+    assert ms["sampling"] < 1.1 * ms["stock"]

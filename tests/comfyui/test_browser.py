@@ -1,0 +1,75 @@
+"""A person's first minute: the page opens, a workflow is dropped on it, Run is pressed, the image appears."""
+
+import base64
+import json
+import os
+import shutil
+
+import pytest
+from server import PACK
+
+READY = "() => window.app?.extensionManager && window.app.graph && !window.app.extensionManager.spinner"
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+DROP = """([name, data]) => {
+    const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], name, {type: "application/json"}));
+    const canvas = document.querySelector("#graph-canvas"), box = canvas.getBoundingClientRect();
+    const where = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+    for (const kind of ["dragenter", "dragover", "drop"])
+        canvas.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: transfer, ...where}));
+}"""
+DROPPED = """titles => {
+    const shown = window.app.graph.nodes.map(n => n.title);
+    return titles.filter(t => t).every(t => shown.includes(t)) && shown.length === titles.length;
+}"""
+SAVERS = "window.app.graph.nodes.filter(n => n.type === 'SaveImage')"
+DONE = f"() => {SAVERS}.every(n => n.imgs?.length && n.imgs.every(i => i.complete && i.naturalWidth > 0))"
+FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+VISIBLE = "() => [...document.querySelectorAll('[role=dialog], [role=alert]')].map(e => e.innerText).join(' / ')"
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium: apt install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1920, "height": 1080})
+        page.set_default_timeout(120_000)
+        page.problems = []
+        page.on("pageerror", lambda e: page.problems.append(str(e)))
+        page.goto(server.url, wait_until="domcontentloaded")
+        page.wait_for_function(READY)
+        page.locator(".p-blockui-mask").first.wait_for(state="hidden")
+        yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (PACK / "workflows").glob("*.json")))
+def test_drop_run_and_see(page, name, tmp_path):
+    path = PACK / "workflows" / f"{name}.json"
+    page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
+    titles = sorted(n.get("title") or "" for n in json.loads(path.read_text("utf-8"))["nodes"])
+    page.wait_for_function(DROPPED, arg=titles)
+    page.evaluate(FIT)  # a node that is not drawn loads no images
+    page.locator("[data-testid='queue-button']").first.click()
+    page.wait_for_function(DONE)
+    page.wait_for_timeout(1500)  # the canvas redraws
+    folder = os.environ.get("ONESTEP_SCREENSHOTS", str(tmp_path))
+    page.screenshot(path=f"{folder}/{name}.png")
+    assert "issing" not in page.evaluate(VISIBLE)
+    assert not page.problems, page.problems
+
+
+def test_workflows_are_in_the_template_gallery(server):
+    templates = server.json("/api/workflow_templates")
+    assert set(templates["onestep-nodes"]) >= {p.stem for p in (PACK / "workflows").glob("*.json")}
+
+
+def test_help_page_opens_on_the_page(page):
+    """What the page shows for a node's help is the Markdown file."""
+    text = page.evaluate("async () => (await fetch('/extensions/onestep-nodes/docs/OneStepSample.md')).text()")
+    assert text.startswith("# OneStep Sample")
