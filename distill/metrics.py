@@ -145,7 +145,7 @@ class Report:
     frechet: float
     """Frechet distance on the judge's features between the n and renders of the same prompts."""
     frechet_floor: float
-    """The same between two sets of n renders."""
+    """The same between two sets of renders of those prompts: what a perfect generator would get."""
     diversity_ratio: float
     """Spread among pictures of one full prompt, against renders'."""
     diversity_n: int
@@ -181,7 +181,7 @@ def evaluate(generate: Generate, judge: Judge, n: int = 1024, seed: int = 1234) 
 
     asked = shapes.sample_attributes(n, g)
     real, real_reading = renders(asked)
-    other_features = renders(shapes.sample_attributes(n, g))[1].features
+    other_features = renders(asked)[1].features
     made = generate([shapes.prompt(a) for a in asked], g)
     reading = judge.read(made)
 

@@ -117,20 +117,22 @@ def preview(autoencoder: PatchAutoencoder) -> tuple[list, list]:
 
 
 def measure(o: Build, minutes: float) -> None:
-    """Write each bundled model's own figures into its metadata."""
+    """Write each bundled model's own figures into its metadata, by the number of steps."""
     judge = Judge.load(o.assets / "judge.safetensors")
     for name in ("teacher", "student"):
         path = o.assets / f"{name}.safetensors"
-        if path.exists():
-            model = load(path)
-            report = evaluate(lambda p, g, m=model: m.sample(p, g), judge).to_dict()
-            print(name, report)
-            store(path, model, report)
+        model = load(path)
+        metrics = {}
+        for steps in sorted({model.meta.steps, 1}, reverse=True):
+            key = "1 step" if steps == 1 else f"{steps} steps"
+            metrics[key] = evaluate(lambda p, g, m=model, k=steps: m.sample(p, g, steps=k), judge).to_dict()
+            print(name, key, metrics[key], flush=True)
+        store(path, model, metrics)
 
 
-def store(path: Path, model: Model, report: dict) -> None:
+def store(path: Path, model: Model, metrics: dict) -> None:
     save_student(
-        path, model, model.unet, metrics={"report": report}, method=model.meta.method, steps=model.meta.steps,
+        path, model, model.unet, metrics=metrics, method=model.meta.method, steps=model.meta.steps,
         guidance=model.meta.guidance, teacher=model.meta.teacher,
     )  # fmt: skip
 

@@ -31,7 +31,9 @@ def fit(
     minutes passed)` is called now and then, to save or to evaluate.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+    )
     average = copy.deepcopy(module).requires_grad_(False)
     start, step, log, said, called = time.time(), 0, 0.0, 0.0, 0.0
     while (passed := (time.time() - start) / 60) < minutes:
