@@ -77,7 +77,8 @@ def _ddpm_table(beta_start: float, beta_end: float, num: int, shift: float, devi
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num, dtype=torch.float64) ** 2
     abar = (1 - betas).cumprod(0)
     s = shift * ((1 - abar) / abar).sqrt()  # sigma / alpha
-    return torch.stack([1 / (1 + s**2).sqrt(), s / (1 + s**2).sqrt()]).to(device)  # (2, num): alpha, sigma
+    table = torch.stack([1 / (1 + s**2).sqrt(), s / (1 + s**2).sqrt()])  # (2, num): alpha, sigma
+    return table.to(device, torch.float32 if device.type == "mps" else torch.float64)  # Apple's GPUs have no doubles
 
 
 def flow(shift: float = 1.0, num_train_timesteps: int = 1000) -> Schedule:

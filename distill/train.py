@@ -205,10 +205,12 @@ def train(
 
     Ctrl-C, break and close() leave a checkpoint of the last whole step (keep no reference to the generator, or close
     it). With `minutes` the clock decides the learning rates, so only runs by `steps` repeat bitwise. Raises Diverged.
+
+    Several processes (accelerate launch, torchrun; without GPUs device="cpu") average their gradients.
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.precision)
+    accelerator = Accelerator(cpu=options.device == "cpu")
     device = torch.device(options.device) if options.device else accelerator.device
     student.to(device)
     if coach is not None:
@@ -260,7 +262,7 @@ def _iteration(run: Run, method, batches: Batches, accelerator, device: torch.de
     def update(name: str, loss_of: Callable, drawn: list[dict]) -> None:
         run.optimizers[name].zero_grad(set_to_none=True)
         for batch in drawn:
-            with accelerator.autocast():
+            with torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16"):
                 loss, readouts = loss_of(batch, noise)
             (loss / len(drawn)).backward()
         params = run.params[name]

@@ -375,6 +375,38 @@ def test_a_time_budget_ends_the_run_and_drives_the_rate():
     assert middle.remaining == pytest.approx(1 - middle.seconds, abs=0.2)
 
 
+def test_bf16_is_inside_the_nets_only():
+    """Weights, moments and losses stay fp32; the run is near the fp32 run, and not the same."""
+    dtypes, results = set(), {}
+    for precision in ("no", "bf16"):
+        method, student, coach = build("lora")
+        student.mlp.layers[0].register_forward_hook(lambda m, i, out: dtypes.add(out.dtype))
+        *_, last = train(method, student, coach, batches, replace(TINY, precision=precision, steps=3))
+        results[precision] = torch.cat([p.detach().flatten() for p in student.parameters()])
+        assert results[precision].dtype == torch.float32 and last.logs["x_std"] > 0
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert not torch.equal(*results.values())
+    torch.testing.assert_close(*results.values(), rtol=0, atol=0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients(tmp_path):
+    """The same weights in both, from different data; one set of files."""
+    code = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from test_train import *
+*_, last = train(*(parts := build("copy")), batches, replace(TINY, device="cpu"), {str(tmp_path / "run")!r})
+print("weights", sum(p.double().sum().item() for p in parts[1].parameters()), last.logs["student_loss"], flush=True)
+"""
+    (tmp_path / "two.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (a, loss_a), (b, loss_b) = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("weights"))
+    assert a == b and loss_a != loss_b
+    assert len(read(tmp_path / "run")) == 4
+
+
 def test_a_student_with_nothing_to_train_is_refused():
     method, student, coach = build("copy")
     with pytest.raises(ValueError, match="copy it before"):
