@@ -100,6 +100,20 @@ def test_latent_scale_and_shift_of_the_file(client, folder):
     close(latent_of(client, one_step("latent.safetensors")), expected)
 
 
+def test_what_a_mask_protects_stays(client):
+    """A latent goes through the file's scale and shift on its way in and back again."""
+    graph = one_step("latent.safetensors") | {
+        "mask": node("SolidMask", value=0.0, width=64, height=64),
+        "masked": node("SetLatentNoiseMask", samples=["sample", 0], mask=["mask", 0]),
+        "again": node(
+            "OneStepSample", model=["load", 0], positive=["negative", 0], latent=["masked", 0], seed=SEED + 1
+        ),
+        "kept": node("SaveLatent", samples=["again", 0], filename_prefix="latents/kept"),
+    }
+    run = client.run(graph)
+    close(*(client.latent(run.outputs[k]["latents"][0]) for k in ("kept", "save")), 1e-5)
+
+
 @pytest.mark.parametrize("file", ["student.safetensors", "eps-399.safetensors", "flow-750.safetensors"])
 def test_stock_sampler_with_our_schedule_gives_the_same(client, file):
     guider = node("BasicGuider", model=["load", 0], conditioning=["positive", 0])
