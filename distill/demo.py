@@ -51,6 +51,8 @@ class Demo:
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
     resume: bool = False
     """Go on with a run in `out` that was stopped."""
+    teacher: Path | None = None
+    """A teacher file of the tutorial world. Default: the bundled one."""
     coach: Literal["lora", "copy"] = "copy"
     """lora: adapters on the frozen teacher (least memory); copy: a second net (at this size faster and as good)."""
 
@@ -64,7 +66,7 @@ def run(options: Demo) -> dict:
         )
     out.mkdir(parents=True, exist_ok=True)
     device = pick_device(options.device)
-    teacher = load(bundled("teacher"), device)
+    teacher = load(options.teacher or bundled("teacher"), device)
     student = copy.deepcopy(teacher.unet).requires_grad_(True)
     print(f"teacher: {teacher.name} on {device}, seed {options.seed}, {options.minutes:g} minutes -> {out}/")
 
@@ -155,7 +157,8 @@ def _pairs(options: Demo, teacher: Model, null, how: RegressionOptions, seconds:
 
 def finish(out: Path, options: Demo) -> dict:
     """Measure the student, draw the comparison, write report.json and workflow.json, print the table."""
-    teacher, student, judge = load(bundled("teacher")), load(out / "student.safetensors"), Judge.load()
+    teacher, student = load(options.teacher or bundled("teacher")), load(out / "student.safetensors")
+    judge = Judge.load()
     # The teacher's figures were made by `python -m distill.tutorial.build measure`: 50 steps take minutes.
     rows = {f"teacher, {name}": report for name, report in teacher.meta.metrics.items()}
     rows["student, 1 step"] = evaluate(student.sample, judge).to_dict()
@@ -170,7 +173,7 @@ def finish(out: Path, options: Demo) -> dict:
     write_workflow(out)
     print(f"\n{out}/comparison.png shows the three side by side; {out}/report.json holds the figures.")
     print(
-        f"In ComfyUI: copy {out}/student.safetensors to models/diffusion_models and drop {out}/workflow.json on the page."
+        f"In ComfyUI: put {out}/student.safetensors into models/diffusion_models, drop {out}/workflow.json on the page."
     )
     return report
 
