@@ -11,6 +11,7 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -85,7 +86,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict, Path] | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------- CSV
+# ---------------------------------------------------------------------------------------------------- readouts
 
 
 class Table:
@@ -120,3 +121,20 @@ class Table:
             self.write([])
         with self.path.open("a", newline="") as f:
             csv.DictWriter(f, self.columns).writerow(row)
+
+
+def writers(out: Path, step: int) -> list[Callable[[int, dict], None]]:
+    """log.csv, and TensorBoard where it is installed."""
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table(out / "log.csv", step)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return [table.append]
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def write(step: int, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            board.add_scalar(name, value, step)
+
+    return [table.append, write]

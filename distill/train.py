@@ -9,14 +9,13 @@ be replayed alone, and a resumed run is bitwise the run that was never stopped.
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from . import persist
 from .coach import Coach
+from .run import Run, Step
 
 Batches = Callable[[int, Generator], dict]  # (step, generator) -> what the method's losses take
 
@@ -75,24 +75,6 @@ class TrainOptions:
     """Stop when the samples' standard deviation exceeds this; latents have about 1 by the file contract."""
 
 
-@dataclass
-class Step:
-    """One finished iteration. `ema` and `student` are the live modules: sample from them, do not change them."""
-
-    step: int
-    progress: float  # 0..1
-    seconds: float
-    logs: dict[str, float]
-    ema: nn.Module
-    student: nn.Module
-    row: dict[str, float] = field(default_factory=dict)  # the mean since the last row, on the steps that log one
-
-    @property
-    def remaining(self) -> float:
-        """Seconds to go, at the pace so far."""
-        return self.seconds * (1 - self.progress) / max(self.progress, 1e-9)
-
-
 class Diverged(RuntimeError):
     """Training stopped making sense. readout and value say what was seen, cure what most likely helps."""
 
@@ -108,80 +90,6 @@ def cure(readout: str) -> str:
     if readout.startswith(("x_", "rel_gap")):
         return "the coach has lost the student: more coach_steps, then a higher coach_lr, then a lower lr or guidance"
     return "lower lr; if it happens in the first steps, raise t_min (the gradient is not finite near t = 0)"
-
-
-# ---------------------------------------------------------------------------------------------------- the state
-
-
-class Run:
-    """Everything that training changes, and how it is saved."""
-
-    def __init__(self, student: nn.Module, coach: Coach | None, options: TrainOptions):
-        self.student, self.coach, self.options = student, coach, options
-        self.ema = copy.deepcopy(student).requires_grad_(False).eval()
-        self.params = {"student": [p for p in student.parameters() if p.requires_grad]}
-        if coach is not None:
-            self.params["coach"] = coach.parameters()
-        if not self.params["student"]:
-            raise ValueError("the student has nothing to train: copy it before the coach freezes it, or unfreeze it")
-        lr = {"student": options.lr, "coach": options.coach_lr}
-        adamw = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
-        self.optimizers = {name: torch.optim.AdamW(p, lr=lr[name], **adamw) for name, p in self.params.items()}
-        self.step, self.seconds, self.updates, self.logs = 0, 0.0, 0, {}
-
-    def progress(self) -> float:
-        o = self.options
-        by_steps = self.step / o.steps if o.steps else 0.0
-        return min(1.0, max(by_steps, self.seconds / (60 * o.minutes) if o.minutes else 0.0))
-
-    def set_lr(self) -> None:
-        o, p = self.options, self.progress()
-        fall = max(0.0, p - o.decay_from) / max(1e-9, 1 - o.decay_from)
-        scale = o.lr_end + (1 - o.lr_end) * (1 + math.cos(math.pi * fall)) / 2
-        scale *= min(1.0, (self.step + 1) / (o.lr_warmup + 1))
-        for name, lr in {"student": o.lr, "coach": o.coach_lr}.items():
-            for group in self.optimizers[name].param_groups if name in self.optimizers else ():
-                group["lr"] = lr * scale
-
-    @torch.no_grad()
-    def average(self) -> None:
-        """EMA with warm-up."""
-        decay = min(self.options.ema, (1 + self.updates) / (10 + self.updates))
-        for mean, p in zip(self.ema.parameters(), self.student.parameters()):
-            mean.lerp_(p, 1 - decay)
-        for mean, b in zip(self.ema.buffers(), self.student.buffers()):
-            mean.copy_(b)
-
-    def modules(self) -> dict:
-        return {"student": self.student, "ema": self.ema} | ({"coach": self.coach} if self.coach is not None else {})
-
-    def save(self, folder: Path) -> Path:
-        tensors = {f"{n}/{k}": v for n, m in self.modules().items() for k, v in m.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            for i, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}_optimizer/{i}/{k}": v for k, v in state.items()}
-        state = {name: getattr(self, name) for name in ("step", "seconds", "updates", "logs")}
-        state["options"] = asdict(self.options)
-        return persist.save(folder, self.step, tensors, state, self.options.keep)
-
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        parts: dict[str, dict] = {}
-        for key, v in tensors.items():
-            part, _, name = key.partition("/")
-            parts.setdefault(part, {})[name] = v
-        for name, module in self.modules().items():
-            module.load_state_dict(parts[name])
-        for name, optimizer in self.optimizers.items():
-            moments: dict[int, dict] = {}
-            for key, v in parts.get(f"{name}_optimizer", {}).items():
-                i, _, k = key.partition("/")
-                moments.setdefault(int(i), {})[k] = v
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        for name in ("step", "seconds", "updates", "logs"):
-            setattr(self, name, state[name])
-
-    def report(self, row: dict[str, float] | None = None) -> Step:
-        return Step(self.step, self.progress(), self.seconds, self.logs, self.ema, self.student, row or {})
 
 
 # ----------------------------------------------------------------------------------------------------- the loop
@@ -218,8 +126,8 @@ def train(
     run = Run(student, coach, options)
     folder = Path(out) / "checkpoints" if out is not None else None
     if folder is not None:
-        _open(run, folder, resume)
-    writers = _writers(Path(out), run.step) if out is not None and accelerator.is_main_process else []
+        run.open(folder, resume)
+    writers = persist.writers(Path(out), run.step) if out is not None and accelerator.is_main_process else []
     keep = folder is not None and accelerator.is_main_process
     sums: dict[str, list[float]] = {}
     clock, between = time.monotonic() - run.seconds, True
@@ -292,31 +200,6 @@ def _check(run: Run, logs: dict[str, float]) -> None:
             raise Diverged(run.step + 1, name, value)
     if logs.get("x_std", 0.0) > run.options.max_spread:
         raise Diverged(run.step + 1, "x_std", logs["x_std"])
-
-
-def _open(run: Run, folder: Path, resume: bool) -> None:
-    found = persist.load(folder) if resume else None
-    if found is not None:
-        run.load(*found[:2])
-    elif not resume and persist.checkpoints(folder):
-        raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on with it, or another folder")
-
-
-def _writers(out: Path, step: int) -> list[Callable[[int, dict], None]]:
-    """log.csv, and TensorBoard where it is installed."""
-    out.mkdir(parents=True, exist_ok=True)
-    writers: list[Callable] = [persist.Table(out / "log.csv", step).append]
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return writers
-    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(step: int, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            board.add_scalar(name, value, step)
-
-    return [*writers, write]
 
 
 # ----------------------------------------------------------------------------------------------------- the rest

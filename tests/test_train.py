@@ -25,9 +25,10 @@ from distill.denoiser import from_net, guided
 from distill.methods.regression import Regression, RegressionOptions, build_pairs
 from distill.methods.sds import SDS, SDSOptions
 from distill.methods.vsd import VSD, VSDOptions
+from distill.run import Run
 from distill.sample import one_step, solve
 from distill.toy import MLP, Mixture, ring
-from distill.train import Diverged, Run, TrainOptions, seeded, train
+from distill.train import Diverged, TrainOptions, seeded, train
 
 SCHEDULE = S.flow()
 TINY = TrainOptions(steps=12, save_every=4, log_every=3, lr=1e-3, coach_lr=2e-3, coach_steps=2, accumulate=2, seed=7)
