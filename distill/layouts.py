@@ -119,13 +119,22 @@ def vae_table(config: dict) -> dict[str, str]:
     return table
 
 
+def is_patch(vae_config: dict) -> bool:
+    """Whether a VAE's config is that of `autoencoder.PatchAutoencoder`, which has one set of names everywhere."""
+    return vae_config.get("type") == "patch"
+
+
 def vae_to_ldm(weights: Weights, config: dict) -> Weights:
     """LDM's attention projections are 1x1 convolutions: (out, in) -> (out, in, 1, 1)."""
+    if is_patch(config):
+        return weights
     renamed = _rename(weights, vae_table(config), "VAE")
     return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in renamed.items()}
 
 
 def vae_to_diffusers(weights: Weights, config: dict) -> Weights:
+    if is_patch(config):
+        return weights
     renamed = _rename(weights, _invert(vae_table(config)), "VAE")
     return {k: v[:, :, 0, 0] if ".attentions." in k and v.ndim == 4 else v for k, v in renamed.items()}
 

@@ -1,0 +1,92 @@
+"""Text encoder weights, tokenizer and metadata -> CLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.clip_model
+import comfy.ops
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+import torch
+
+from ...distill.checkpoint import Metadata, Weights, check_fit
+from .limits import require
+
+FIXED = {"layer_norm_eps": (1e-5,), "hidden_act": tuple(comfy.clip_model.ACTIVATIONS)}
+
+
+class TextModel(comfy.clip_model.CLIPTextModel):
+    """ComfyUI's CLIP with the file's own vocabulary (the stock class has CLIP's 49408 words)."""
+
+    def __init__(self, config, dtype, device, operations):
+        super().__init__(config, dtype, device, operations)
+        size = config["vocab_size"], config["hidden_size"]
+        self.text_model.embeddings.token_embedding = operations.Embedding(*size, dtype=dtype, device=device)
+
+
+class Words:
+    """The file's tokenizer as SDTokenizer wants it: called like one of transformers'."""
+
+    def __init__(self, tokenizer: dict):
+        from tokenizers import Tokenizer
+
+        self.inner = Tokenizer.from_str(json.dumps(tokenizer))
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.inner.encode(text).ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.inner.get_vocab()
+
+    def decode(self, ids, skip_special_tokens: bool = True) -> str:
+        return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def build_clip(path: Path, meta: Metadata, weights: Weights, embeddings: list[str]) -> comfy.sd.CLIP:
+    """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
+    config = meta.architecture["text_encoder"]
+    require(path, "CLIP", config, FIXED)
+    special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["eos_token_id"]}
+    words, length = Words(meta.text_encoder["tokenizer"]), meta.text_encoder["max_length"]
+
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            super().__init__(
+                max_length=length,
+                embedding_directory=embedding_directory,
+                embedding_size=config["hidden_size"],
+                tokenizer_class=SimpleNamespace(from_pretrained=lambda _: words),
+            )
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(
+                device=device,
+                max_length=length,
+                dtype=dtype,
+                textmodel_json_config=dict(config),
+                model_class=TextModel,
+                special_tokens=special,
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
+
+    target = SimpleNamespace(
+        params={"clip_model": Encoder},
+        clip=comfy.sd1_clip.SD1ClipModel,
+        tokenizer=lambda **kwargs: comfy.sd1_clip.SD1Tokenizer(tokenizer=Tokenizer, **kwargs),
+    )
+    # ComfyUI projects the pooled text although nothing here takes the projection: give it something to compute
+    weights = {"text_projection.weight": torch.eye(config["hidden_size"])} | weights
+    check_fit(path, "CLIP", TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict(), weights)
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=embeddings,
+        parameters=comfy.utils.calculate_parameters(weights),
+        state_dict=[weights],
+        model_options={"dtype": comfy.utils.weight_dtype(weights)},  # ComfyUI would round to half; it computes in fp32
+    )
