@@ -21,8 +21,11 @@ MODELS = {
     "kl.safetensors": {"vae": "kl"},
     "latent.safetensors": {"latent": tiny.LATENT | {"scale": 0.5, "shift": 0.1}},
 }
-# A node only these tests have: the same MODEL as if another loader had made it.
-STRANGER = """
+# Nodes that only these tests have: a MODEL as if another loader had made it, and a MODEL during whose sampling the
+# user presses Cancel.
+HELPERS = """
+    import comfy.model_management
+    from comfy.patcher_extension import WrappersMP
     from comfy_api.latest import ComfyExtension, io
 
     class Stranger(io.ComfyNode):
@@ -36,9 +39,28 @@ STRANGER = """
             model.remove_attachments("onestep")
             return io.NodeOutput(model)
 
+    class Cancelled(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema("TestCancelled", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+
+        @classmethod
+        def execute(cls, model):
+            def cancel(sample, *args, **kwargs):
+                comfy.model_management.interrupt_current_processing()
+                return sample(*args, **kwargs)
+
+            def never(*_):
+                raise AssertionError("the network was called after Cancel")
+
+            model = model.clone()
+            model.add_wrapper(WrappersMP.SAMPLER_SAMPLE, cancel)
+            model.set_model_unet_function_wrapper(never)
+            return io.NodeOutput(model)
+
     class Extension(ComfyExtension):
         async def get_node_list(self):
-            return [Stranger]
+            return [Stranger, Cancelled]
 
     async def comfy_entrypoint():
         return Extension()
@@ -62,7 +84,7 @@ def server(comfyui, tmp_path_factory):
         (base / folder).mkdir(parents=True)
     for name, options in MODELS.items():
         tiny.write(base / "models/diffusion_models" / name, **options)
-    (base / "custom_nodes/stranger.py").write_text(textwrap.dedent(STRANGER))
+    (base / "custom_nodes/helpers.py").write_text(textwrap.dedent(HELPERS))
     server = Server.fresh(comfyui[0], base)
     yield server
     server.stop()

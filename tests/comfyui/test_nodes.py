@@ -128,26 +128,25 @@ def test_teacher_with_our_schedule_is_the_library_s_solver(client, folder):
     close(latent_of(client, scheduled("teacher.safetensors", cfg)), expected)
 
 
+def ksampler(file: str, steps: int, cfg: float) -> dict:
+    inputs = {"model": ["load", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
+    inputs |= {"latent_image": ["empty", 0], "seed": SEED, "steps": steps, "cfg": cfg, "denoise": 1.0}
+    return one_step(file) | {"sample": node("KSampler", sampler_name="euler", scheduler="simple", **inputs)}
+
+
 def test_teacher_with_stock_ksampler(client, folder):
     """Nothing of ours samples here: the file is an ordinary model, and 5 simple steps of Euler are DDIM's."""
-    graph = one_step("teacher.safetensors")
-    graph["sample"] = node(
-        "KSampler",
-        model=["load", 0],
-        positive=["positive", 0],
-        negative=["negative", 0],
-        latent_image=["empty", 0],
-        seed=SEED,
-        steps=5,
-        cfg=2.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-    )
     d, cond, null, noise, _ = library(folder / "teacher.safetensors")
     times = [i / 999 for i in (999, 799, 599, 399, 199)]
     expected = sample.solve(denoiser.guided(d, 2.0, null), noise, cond, solver="ddim", times=times)
-    close(latent_of(client, graph), expected)
+    close(latent_of(client, ksampler("teacher.safetensors", steps=5, cfg=2.0)), expected)
+
+
+def test_student_of_the_last_timestep_with_stock_ksampler(client):
+    """What the workflow's note says. (A student of another timestep needs our sampler or our schedule.)"""
+    close(
+        latent_of(client, ksampler("student.safetensors", 1, 1.0)), latent_of(client, one_step("student.safetensors"))
+    )
 
 
 def test_a_student_of_several_steps_takes_them(client):
@@ -246,6 +245,13 @@ def test_progress_and_preview_reach_the_page(client):
     run = client.run(one_step("student.safetensors", seed=99))
     assert ("progress", "sample") in run.events
     assert any(kind == "preview" for kind, _ in run.events)
+
+
+def test_cancel_stops_before_the_network_is_called(client):
+    graph = one_step("student.safetensors", model=("cancelled", 0))
+    graph["cancelled"] = node("TestCancelled", model=["load", 0])
+    run = client.run(graph)
+    assert not run.errors and run.events[-1][0] == "execution_interrupted"
 
 
 def test_schemas_help_and_search(server):
