@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill import checkpoint, layouts
+from ..distill import checkpoint
 from ..distill.checkpoint import CheckpointError
 
 FOLDERS = ("diffusion_models", "checkpoints")
@@ -89,11 +89,4 @@ class OneStepLoadStudent(io.ComfyNode):
     def execute(cls, file) -> io.NodeOutput:
         from . import native
 
-        path = locate(file)
-        c = checkpoint.read(path)
-        unet, text, vae = (checkpoint.part(c.weights, prefix) for prefix in (layouts.UNET, layouts.TEXT, layouts.VAE))
-        return io.NodeOutput(
-            native.build_model(path, c.meta, unet),
-            native.build_clip(path, c.meta, text, folder_paths.get_folder_paths("embeddings")) if text else None,
-            native.build_vae(path, c.meta.architecture["vae"], vae) if vae else None,
-        )
+        return io.NodeOutput(*native.load(locate(file), folder_paths.get_folder_paths("embeddings")))

@@ -5,8 +5,29 @@ the memory management treat them like any other model. Each function raises Chec
 cure, where ComfyUI's classes cannot hold the architecture or the weights do not fill it.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...distill import checkpoint
+from ...distill.layouts import TEXT, UNET, VAE
 from .clip import build_clip
 from .model import build_model
 from .vae import build_vae
 
-__all__ = ["build_clip", "build_model", "build_vae"]
+
+def load(path: Path, embeddings: list[str], disable_dynamic: bool = False) -> tuple:
+    """A file -> (MODEL, CLIP or None, VAE or None); `embeddings` are the folders of textual inversions."""
+    c = checkpoint.read(path)
+    unet, text, vae = (checkpoint.part(c.weights, prefix) for prefix in (UNET, TEXT, VAE))
+    model = build_model(path, c.meta, unet, disable_dynamic)
+    clip = build_clip(path, c.meta, text, embeddings, disable_dynamic) if text else None
+    for i, patcher in enumerate((model, clip and clip.patcher)):
+        if patcher is not None:  # ComfyUI loads the weights again for other GPUs and for hooks on part of a prompt
+            patcher.cached_patcher_init = (patchers, (path, embeddings), i)
+    return model, clip, build_vae(path, c.meta.architecture["vae"], vae) if vae else None
+
+
+def patchers(path: Path, embeddings: list[str], disable_dynamic: bool = False) -> tuple:
+    model, clip, _ = load(path, embeddings, disable_dynamic)
+    return model, clip and clip.patcher

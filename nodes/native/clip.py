@@ -46,7 +46,9 @@ class Words:
         return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-def build_clip(path: Path, meta: Metadata, weights: Weights, embeddings: list[str]) -> comfy.sd.CLIP:
+def build_clip(
+    path: Path, meta: Metadata, weights: Weights, embeddings: list[str], disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
     """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
     config = meta.architecture["text_encoder"]
     require(path, "CLIP", config, FIXED)
@@ -89,4 +91,5 @@ def build_clip(path: Path, meta: Metadata, weights: Weights, embeddings: list[st
         parameters=comfy.utils.calculate_parameters(weights),
         state_dict=[weights],
         model_options={"dtype": comfy.utils.weight_dtype(weights)},  # ComfyUI would round to half; it computes in fp32
+        **({"disable_dynamic": True} if disable_dynamic else {}),  # old versions do not have it
     )

@@ -165,8 +165,8 @@ def unet_config(path: Path, config: dict) -> dict:
     }
 
 
-def build_model(path: Path, meta: Metadata, weights: Weights):
-    """LDM-keyed U-Net weights -> MODEL that carries its recipe."""
+def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: bool = False):
+    """LDM-keyed U-Net weights -> MODEL that carries its recipe; disable_dynamic: ComfyUI's word for whole loading."""
     config = Config(path, meta)
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     parameters = comfy.utils.calculate_parameters(weights)
@@ -177,7 +177,8 @@ def build_model(path: Path, meta: Metadata, weights: Weights):
     config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, dtypes))
     model = Model(config, mm.unet_inital_load_device(parameters, dtype))
     check_fit(path, "U-Net", model.diffusion_model.state_dict(), weights)
-    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    make = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = make(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     attach(patcher, meta)
     return patcher

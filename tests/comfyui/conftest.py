@@ -21,8 +21,8 @@ MODELS = {
     "kl.safetensors": {"vae": "kl"},
     "latent.safetensors": {"latent": tiny.LATENT | {"scale": 0.5, "shift": 0.1}},
 }
-# Nodes that only these tests have: a MODEL as if another loader had made it, and a MODEL during whose sampling the
-# user presses Cancel.
+# Nodes that only these tests have: a MODEL as if another loader had made it, one during whose sampling the user presses
+# Cancel, and one whose weights ComfyUI loaded again for itself.
 HELPERS = """
     import comfy.model_management
     from comfy.patcher_extension import WrappersMP
@@ -58,9 +58,20 @@ HELPERS = """
             model.set_model_unet_function_wrapper(never)
             return io.NodeOutput(model)
 
+    class Reloaded(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema("TestReloaded", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+
+        @classmethod
+        def execute(cls, model):
+            other = model.clone(force_deepcopy=True)
+            assert other.model is not model.model
+            return io.NodeOutput(other)
+
     class Extension(ComfyExtension):
         async def get_node_list(self):
-            return [Stranger, Cancelled]
+            return [Stranger, Cancelled, Reloaded]
 
     async def comfy_entrypoint():
         return Extension()

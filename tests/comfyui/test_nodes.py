@@ -231,6 +231,13 @@ def test_freeu_works(client):
     assert (latent_of(client, graph) - latent_of(client, one_step("student.safetensors"))).abs().max() > 1e-3
 
 
+def test_comfyui_can_load_the_weights_again(client):
+    """As it does for a second GPU, and for hooks that patch the MODEL during part of the prompt."""
+    graph = one_step("student.safetensors", model=("again", 0))
+    graph["again"] = node("TestReloaded", model=["load", 0])
+    close(latent_of(client, graph), latent_of(client, one_step("student.safetensors")), 1e-6)
+
+
 def test_prompt_weights_work(client):
     """`(word:1.5)` is ComfyUI's own syntax; the tokenizer and the encoder must follow it."""
     graph = one_step("student.safetensors")
