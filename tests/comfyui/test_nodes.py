@@ -313,10 +313,10 @@ def broken(server, folder):
     sound = (folder / "student.safetensors").read_bytes()
     strings = metadata.read_header(folder / "student.safetensors")["__metadata__"]
     weights = load_file(folder / "student.safetensors")
-    unet = json.loads(strings["architecture"])["unet"]
+    configs = json.loads(strings["architecture"])
 
-    def architecture(**changes):
-        return {"architecture": json.dumps(json.loads(strings["architecture"]) | {"unet": unet | changes})}
+    def architecture(part, **changes):
+        return {"architecture": json.dumps(configs | {part: configs[part] | changes})}
 
     (target / "cut.safetensors").write_bytes(sound[: len(sound) // 2])
     (target / "page.safetensors").write_bytes(b"<!DOCTYPE html><title>404</title>" * 9)
@@ -324,9 +324,11 @@ def broken(server, folder):
         "stranger": {"onestep.version": None},
         "newer": {"onestep.version": "2"},
         "score": {"prediction": "score"},
-        "wider": architecture(block_out_channels=[64, 128]),
-        "groups": architecture(norm_num_groups=16),
-        "gelu": architecture(act_fn="gelu"),
+        "wider": architecture("unet", block_out_channels=[64, 128]),
+        "groups": architecture("unet", norm_num_groups=16),
+        "gelu": architecture("unet", act_fn="gelu"),
+        "deeper": architecture("vae", depth=4),
+        "words": architecture("text_encoder", vocab_size=99),
     }
     for name, changes in variants.items():
         changed = {k: v for k, v in (strings | changes).items() if v is not None}
@@ -354,7 +356,9 @@ def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, proble
 @pytest.mark.parametrize(
     ("file", "problem", "cure"),
     [
-        ("wider", "wrong architecture", "write the file again"),
+        ("wider", "the U-Net's", "write the file again"),
+        ("deeper", "the VAE lacks", "write the file again"),
+        ("words", "the CLIP's", "write the file again"),
         ("groups", "norm_num_groups = 32", "Train with that setting"),
         ("gelu", "act_fn = 'silu'", "distill sample"),
     ],
@@ -362,7 +366,7 @@ def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, proble
 def test_a_wrong_architecture_names_the_weight_or_the_setting(client, broken, file, problem, cure):
     run = client.run(one_step(f"{file}.safetensors"))
     message = run.errors["load"].splitlines()[0]
-    assert f"{file}.safetensors" in message and problem in message and cure in message
+    assert f"{file}.safetensors: wrong architecture" in message and problem in message and cure in message
 
 
 def test_a_model_of_another_loader_is_told_which_loader(client):
