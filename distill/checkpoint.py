@@ -166,7 +166,7 @@ def read(path: str | Path) -> Checkpoint:
 def check_fit(path: str | Path, what: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]):
     """Raise CheckpointError where weights do not fill a module: the architecture in the metadata is another one."""
     cure = "The metadata's 'architecture' is not that of these weights: write the file again."
-    for name in expected.keys() ^ found.keys():
+    for name in sorted(expected.keys() ^ found.keys()):
         problem = "lacks" if name in expected else "has no place for"
         raise CheckpointError(f"{path}: wrong architecture: the {what} {problem} {name!r}. {cure}")
     for name, tensor in expected.items():

@@ -105,3 +105,9 @@ def server(comfyui, tmp_path_factory):
 @pytest.fixture(scope="session")
 def client(server):
     return Client(server)
+
+
+@pytest.fixture(scope="session")
+def folder(server):
+    """Where the MODELS are."""
+    return server.base / "models/diffusion_models"

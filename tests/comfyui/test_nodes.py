@@ -9,52 +9,11 @@ import pytest
 import tiny
 import torch
 from conftest import MODELS
-from safetensors.torch import load_file, save_file
+from graphs import PROMPT, SEED, ksampler, one_step, scheduled
+from safetensors.torch import save_file
 from server import PACK, environment, node
 
-from distill import checkpoint, denoiser, metadata, sample, schedule
-
-PROMPT = "a small red ring on a blue background, top left"
-SEED = 7
-
-
-def load(file: str, prompt: str = PROMPT) -> dict:
-    return {
-        "load": node("OneStepLoadStudent", file=file),
-        "positive": node("CLIPTextEncode", clip=["load", 1], text=prompt),
-        "negative": node("CLIPTextEncode", clip=["load", 1], text=""),
-        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
-    }
-
-
-def save(latent: str = "sample", slot: int = 0) -> dict:
-    return {"save": node("SaveLatent", samples=[latent, slot], filename_prefix="latents/test")}
-
-
-def one_step(file: str, model=("load", 0), seed: int = SEED) -> dict:
-    inputs = {"model": list(model), "positive": ["positive", 0], "latent": ["empty", 0], "seed": seed}
-    return load(file) | {"sample": node("OneStepSample", **inputs)} | save()
-
-
-def scheduled(file: str, guider: dict, seed: int = SEED) -> dict:
-    """Stock SamplerCustomAdvanced with our sampler and sigmas."""
-    return (
-        load(file)
-        | save()
-        | {
-            "schedule": node("OneStepSchedule", model=["load", 0]),
-            "noise": node("RandomNoise", noise_seed=seed),
-            "guider": guider,
-            "sample": node(
-                "SamplerCustomAdvanced",
-                noise=["noise", 0],
-                guider=["guider", 0],
-                sampler=["schedule", 0],
-                sigmas=["schedule", 1],
-                latent_image=["empty", 0],
-            ),
-        }
-    )
+from distill import checkpoint, denoiser, sample, schedule
 
 
 def latent_of(client, graph: dict) -> torch.Tensor:
@@ -76,11 +35,6 @@ def library(path, mods=None):
 def close(a, b, tolerance: float = 1e-4):
     assert a.shape == b.shape and b.std() > 0.1
     assert (a - b).abs().max() <= tolerance * b.abs().max()
-
-
-@pytest.fixture(scope="session")
-def folder(server):
-    return server.base / "models/diffusion_models"
 
 
 # ------------------------------------------------------------------------------------------------ golden
@@ -126,12 +80,6 @@ def test_teacher_with_our_schedule_is_the_library_s_solver(client, folder):
     d, cond, null, noise, _ = library(folder / "teacher.safetensors")
     expected = sample.solve(denoiser.guided(d, 2.0, null), noise, cond, solver="ddim", steps=5)
     close(latent_of(client, scheduled("teacher.safetensors", cfg)), expected)
-
-
-def ksampler(file: str, steps: int, cfg: float) -> dict:
-    inputs = {"model": ["load", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
-    inputs |= {"latent_image": ["empty", 0], "seed": SEED, "steps": steps, "cfg": cfg, "denoise": 1.0}
-    return one_step(file) | {"sample": node("KSampler", sampler_name="euler", scheduler="simple", **inputs)}
 
 
 def test_teacher_with_stock_ksampler(client, folder):
@@ -301,86 +249,6 @@ def test_import_is_quick_and_needs_no_model_folders(comfyui, tmp_path):
     assert float(lines["SECONDS"].split()[1]) < 0.1
     assert not {"diffusers", "peft", "accelerate", "matplotlib", "tyro"} & set(lines["NEW"].split())
     assert lines["OPTIONS"] == "OPTIONS|bundled: student|bundled: teacher"
-
-
-# ------------------------------------------------------------------------------------------------ errors
-
-
-@pytest.fixture(scope="session")
-def broken(server, folder):
-    """Files that are wrong in one way each, in models/checkpoints."""
-    target = server.base / "models/checkpoints"
-    sound = (folder / "student.safetensors").read_bytes()
-    strings = metadata.read_header(folder / "student.safetensors")["__metadata__"]
-    weights = load_file(folder / "student.safetensors")
-    configs = json.loads(strings["architecture"])
-
-    def architecture(part, **changes):
-        return {"architecture": json.dumps(configs | {part: configs[part] | changes})}
-
-    (target / "cut.safetensors").write_bytes(sound[: len(sound) // 2])
-    (target / "page.safetensors").write_bytes(b"<!DOCTYPE html><title>404</title>" * 9)
-    variants = {
-        "stranger": {"onestep.version": None},
-        "newer": {"onestep.version": "2"},
-        "score": {"prediction": "score"},
-        "wider": architecture("unet", block_out_channels=[64, 128]),
-        "groups": architecture("unet", norm_num_groups=16),
-        "gelu": architecture("unet", act_fn="gelu"),
-        "deeper": architecture("vae", depth=4),
-        "words": architecture("text_encoder", vocab_size=99),
-    }
-    for name, changes in variants.items():
-        changed = {k: v for k, v in (strings | changes).items() if v is not None}
-        save_file(weights, target / f"{name}.safetensors", changed)
-    return target
-
-
-@pytest.mark.parametrize(
-    ("file", "problem", "cure"),
-    [
-        ("absent", "no such file", "choose another"),
-        ("cut", "truncated", "Download it again"),
-        ("page", "not a safetensors file", "Convert"),
-        ("stranger", "not a OneStep file", "own loaders"),
-        ("newer", "newer OneStep", "Update"),
-        ("score", "'score'", "Write the file again"),
-    ],
-)
-def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, problem, cure):
-    run = client.run(one_step(f"{file}.safetensors"))
-    message = run.errors["load"].splitlines()[0]
-    assert not run.events and f"{file}.safetensors" in message and problem in message and cure in message
-
-
-@pytest.mark.parametrize(
-    ("file", "problem", "cure"),
-    [
-        ("wider", "the U-Net's", "write the file again"),
-        ("deeper", "the VAE lacks", "write the file again"),
-        ("words", "the CLIP's", "write the file again"),
-        ("groups", "norm_num_groups = 32", "Train with that setting"),
-        ("gelu", "act_fn = 'silu'", "distill sample"),
-    ],
-)
-def test_a_wrong_architecture_names_the_weight_or_the_setting(client, broken, file, problem, cure):
-    run = client.run(one_step(f"{file}.safetensors"))
-    message = run.errors["load"].splitlines()[0]
-    assert f"{file}.safetensors: wrong architecture" in message and problem in message and cure in message
-
-
-def test_a_model_of_another_loader_is_told_which_loader(client):
-    graph = one_step("student.safetensors", model=("stranger", 0))
-    graph["stranger"] = node("TestStranger", model=["load", 0])
-    assert "OneStep Load Student" in client.run(graph).errors["sample"].splitlines()[0]
-
-
-def test_a_prompt_of_another_clip_is_told_which_clip(client, folder):
-    tiny.write(folder / "other.safetensors", text={"hidden_size": 64})
-    graph = one_step("student.safetensors")
-    graph["other"] = node("OneStepLoadStudent", file="other.safetensors")
-    graph["positive"]["inputs"]["clip"] = ["other", 1]
-    assert "CLIP of the same" in client.run(graph).errors["sample"].splitlines()[0]
 
 
 def test_a_file_written_again_is_loaded_again(client, folder):
