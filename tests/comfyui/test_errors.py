@@ -62,7 +62,7 @@ def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, proble
     ("file", "problem", "cure"),
     [
         ("wider", "the U-Net's", "write the file again"),
-        ("deeper", "the VAE has no place", "write the file again"),
+        ("deeper", "the VAE lacks", "write the file again"),
         ("words", "the CLIP's", "write the file again"),
         ("groups", "norm_num_groups = 32", "Train with that setting"),
         ("gelu", "act_fn = 'silu'", "distill sample"),
