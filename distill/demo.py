@@ -213,13 +213,12 @@ def compare(
             way(prompts[:1], seeded("cpu", seed, 4))
             taken[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(t) for name, t in taken.items()}
-    captions = {name: f"{name}\n{1000 * seconds[name]:.0f} ms an image" for name in ways}
-    draw_sheet(prompts, {captions[name]: images[name] for name in ways}, path)
+    draw_sheet(prompts, images, {name: f"{1000 * s:.0f} ms an image" for name, s in seconds.items()}, path)
     return seconds
 
 
-def draw_sheet(prompts: list[str], columns: dict[str, Tensor], path: Path) -> None:
-    """A picture with one row per prompt and one captioned column per way of making it."""
+def draw_sheet(prompts: list[str], columns: dict[str, Tensor], below: dict[str, str], path: Path) -> None:
+    """A picture with one row per prompt, one column per way of making it, and a word below each column."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.6 * len(columns) + 2.6, 1.55 * len(prompts) + 0.5), dpi=100, layout="constrained")
@@ -230,6 +229,7 @@ def draw_sheet(prompts: list[str], columns: dict[str, Tensor], path: Path) -> No
             axes[i][j].set(xticks=[], yticks=[])
             axes[i][j].spines[:].set_visible(False)
         axes[0][j].set_title(caption, fontsize=9)
+        axes[-1][j].set_xlabel(below[caption], fontsize=9)
     for i, text in enumerate(prompts):
         words = text.replace(" on ", "\non ").replace(", ", ",\n")
         axes[i][0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)

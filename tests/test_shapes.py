@@ -56,9 +56,7 @@ def test_prompt_reads_like_the_readme():
 
 def test_pictures_hold_what_is_asked():
     """Colour at the shape's middle, background in a far corner, and the shape where the position says."""
-    a = torch.tensor(
-        [[0, 0, 3, 1, 1], [1, 4, 0, 0, 4]]
-    )
+    a = torch.tensor([[0, 0, 3, 1, 1], [1, 4, 0, 0, 4]])
     x = shapes.render(a, torch.zeros(2, len(shapes.STYLE)))
     assert x.shape == (2, 3, 64, 64) and x.min() >= -1 and x.max() <= 1
     red, far = x[0, :, 20, 20], x[0, :, 60, 60]

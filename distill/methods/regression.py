@@ -25,7 +25,7 @@ from ..schedule import randn
 
 @dataclass(frozen=True)
 class RegressionOptions:
-    guidance: float = 2.0
+    guidance: float = 1.5
     """Guidance of the teacher that makes the pairs; best for the tutorial teacher."""
     solver: Literal["dpm++", "ddim"] = "dpm++"
     """dpm++ at 8 steps equals ddim at about 10 in the tutorial world."""

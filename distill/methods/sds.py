@@ -20,7 +20,7 @@ from .vsd import VSD
 class SDSOptions:
     weight: Literal["dmd", "swiftbrush", "one"] = "swiftbrush"
     """Weight w of the student's gradient, losses.WEIGHTS. swiftbrush: sigma^2 on eps, DreamFusion's own."""
-    guidance: float = 2.0
+    guidance: float = 1.5
     """Guidance of the teacher; the same as VSD's default, so that the two can be compared (DreamFusion: 100)."""
     guidance_max: float | None = None
     """If set, guidance is drawn per sample from U(guidance, guidance_max)."""

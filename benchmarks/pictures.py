@@ -1,0 +1,70 @@
+"""The README's sample sheet, docs/samples.png, and its table of figures, from the bundled models.
+
+python benchmarks/pictures.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from distill import shapes
+from distill.checkpoint import bundled, read_metadata
+from distill.metrics import Judge, evaluate
+from distill.model import load, to_pil
+
+COLUMNS = {
+    "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
+    "entropy": "entropy_ratio", "sharp": "sharpness_ratio", "clean": "clean",
+}  # fmt: skip
+
+
+def sheet(path: Path, columns: int = 12, rows: int = 3, scale: int = 2) -> None:
+    """Random prompts, not picked: `rows` of the teacher's pictures over as many of the student's, same noise."""
+    g = torch.Generator().manual_seed(7)
+    attributes = shapes.sample_attributes(columns * rows, g, held_out=None)
+    prompts = [shapes.prompt(a) for a in attributes]
+    images = []
+    for name in ("teacher", "student"):
+        images += to_pil(load(bundled(name)).sample(prompts, torch.Generator().manual_seed(8)))
+    side, gap = shapes.SIZE, 6
+    out = Image.new("RGB", (columns * side, 2 * rows * side + gap), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        out.paste(image, (column * side, row * side + (gap if row >= rows else 0)))
+    out.resize((out.width * scale, out.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def table() -> str:
+    """Markdown, from the figures in the files' metadata (`python -m distill.tutorial.build measure` made them)."""
+    rows = {}
+    for name in ("teacher", "student"):
+        for steps, report in read_metadata(bundled(name)).metrics.items():
+            rows[f"{name}, {steps}"] = report
+    some = next(iter(rows.values()))
+    rows["real pictures"] = real(some["n"])
+    lines = [f"| n = {some['n']} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, report in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{report[key]:.3g}" for key in COLUMNS.values()) + " |")
+    return "\n".join(lines)
+
+
+def real(n: int) -> dict:
+    """The same figures for renders of the prompts."""
+
+    def generate(prompts: list[str], g: torch.Generator) -> torch.Tensor:
+        rows = shapes.sample_attributes(len(prompts), g)
+        for row, text in zip(rows, prompts):
+            for name, value in shapes.parse(text).items():
+                row[shapes.NAMES.index(name)] = shapes.ATTRIBUTES[name].index(value)
+        return shapes.render(rows, shapes.sample_style(len(rows), g))
+
+    return evaluate(generate, Judge.load(), n).to_dict()
+
+
+if __name__ == "__main__":
+    docs = Path(__file__).parent.parent / "docs"
+    sheet(docs / "samples.png")
+    print(table())
