@@ -121,7 +121,7 @@ def _train(options: Demo, teacher: Model, student: nn.Module, device: torch.devi
         )
         net = copy.deepcopy(teacher.unet)
         coach = CopyCoach(net, make) if options.coach == "copy" else LoraCoach(net, make, rank=32)
-        vsd = VSD(VSDOptions(guidance=guidance), g, coach, null)
+        vsd = VSD(VSDOptions(guidance=2.0, guidance_until=0.45), g, coach, null)
         where = options.out / "vsd"
         for step in train(vsd, student, coach, shape_batches(teacher, 32), second, where, resume=options.resume):
             shown = {name: step.logs[name] for name in ("coach_loss", "rel_gap", "coach_ratio") if name in step.logs}

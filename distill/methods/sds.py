@@ -24,6 +24,8 @@ class SDSOptions:
     """Guidance of the teacher; the same as VSD's default, so that the two can be compared (DreamFusion: 100)."""
     guidance_max: float | None = None
     """If set, guidance is drawn per sample from U(guidance, guidance_max)."""
+    guidance_until: float = 1.0
+    """Guide only at t up to this; as VSD's."""
     t_min: float = 0.02
     """DreamFusion draws t from 2 to 98 %."""
     t_max: float = 0.98

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from ..coach import Coach
 from ..denoiser import Cond, drop, guided, with_plain
-from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, regression, surrogate
+from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, surrogate
 from ..sample import Student
 from ..schedule import Times, expand, rand, randn, uniform
 
@@ -34,6 +34,8 @@ class VSDOptions:
     """Guidance of the teacher. 1.5: the tutorial teacher's; SwiftBrush 4.5, DMD2 1.75 (SD 1.5) and 8 (SDXL)."""
     guidance_max: float | None = None
     """If set, guidance is drawn per sample from U(guidance, guidance_max): NASA's stabiliser, U(0.5, 4)."""
+    guidance_until: float = 1.0
+    """Guide only at t up to this (Kynkaanniemi et al. 2024): guidance in the heaviest noise mostly saturates colours."""
     guide: Literal["teacher", "both"] = "teacher"
     """teacher (DMD2): the student bakes the sharpened law in. both (SwiftBrush): its fixed point is the plain one."""
     t_min: float = 0.02
@@ -44,9 +46,6 @@ class VSDOptions:
     """Weight of the coach's loss, losses.COACH_WEIGHTS. clamped: what the tutorial teacher itself was trained with."""
     null_drop: float = 0.1
     """Share of the coach's samples that get the null prompt (SwiftBrush .1). Needed when the coach is guided."""
-    regression: float = 0.0
-    """Weight of the regression loss where the batches are teacher pairs: it ties each z to the teacher's own picture
-    (DMD, eq. 9: 0.25 of LPIPS). It is a mean of unit gradients; 0.03 is about a third of the matching term."""
     coach_batch: Literal["fresh", "shared"] = "shared"
     """shared: the coach's first step reuses the student's samples of that step (SwiftBrush, DMD2): a forward less."""
 
@@ -54,8 +53,7 @@ class VSDOptions:
 class VSD:
     """student: g(z, cond) -> x0. null: the null prompt's cond, one row; None where nothing is guided or dropped.
 
-    A batch is {"cond": Cond, "shape": (B, C, H, W), "device": where}, the device optional, or a batch of teacher pairs
-    {"z", "cond", "x0"}. times, if given, replaces
+    A batch is {"cond": Cond, "shape": (B, C, H, W), "device": where}, the device optional. times, if given, replaces
     the uniform draw of t for the student's step.
     """
 
@@ -73,14 +71,12 @@ class VSD:
         batch["x"] = x.detach()
         with torch.no_grad():
             x_t, t = self.renoise(x, self.times, generator)
-            w = self.draw_guidance(x, generator)
+            w = self.draw_guidance(x, t, generator)
             x0_T, plain_T = with_plain(guided(self.coach.teacher, w, self.null), x_t, t, cond)
             x0_C, plain_C = self.coach_says(x, x_t, t, cond, w)
             alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
             g = matching_gradient(x0_T, x0_C, WEIGHTS[self.options.weight](x, x0_T, alpha, sigma))
         loss = surrogate(x, g)
-        if self.options.regression:
-            loss = loss + self.options.regression * regression(x, batch["x0"])
         logs = {"student_loss": loss, "coach_ratio": (plain_C - x).square().mean() / (plain_T - x).square().mean()}
         return loss, {k: v.detach() for k, v in logs.items()} | health(x, x0_T, x0_C)
 
@@ -103,14 +99,16 @@ class VSD:
         return loss, {"coach_loss": loss.detach()}
 
     def generate(self, batch: dict, generator: Generator) -> Tensor:
-        """Student samples, in fp32; from the batch's own z where it has one."""
-        z = batch["z"] if "z" in batch else randn(batch["shape"], generator, batch.get("device"))
-        return self.student(z, batch["cond"]).float()
+        """Student samples, in fp32."""
+        return self.student(randn(batch["shape"], generator, batch.get("device")), batch["cond"]).float()
 
     def renoise(self, x: Tensor, times: Times, generator: Generator) -> tuple[Tensor, Tensor]:
         t = times(len(x), generator, x.device)
         return self.schedule.noise(x.detach(), t, randn(x.shape, generator, x.device)), t
 
-    def draw_guidance(self, x: Tensor, generator: Generator) -> float | Tensor:
-        lo, hi = self.options.guidance, self.options.guidance_max
-        return lo if hi is None else lo + (hi - lo) * rand((len(x),), generator, x.device)
+    def draw_guidance(self, x: Tensor, t: Tensor, generator: Generator) -> float | Tensor:
+        o = self.options
+        w = o.guidance
+        if o.guidance_max is not None:
+            w = w + (o.guidance_max - w) * rand((len(x),), generator, x.device)
+        return w if o.guidance_until >= 1 else torch.where(t <= o.guidance_until, w, 1.0)
