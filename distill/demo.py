@@ -114,7 +114,7 @@ def _train(options: Demo, teacher: Model, student: nn.Module, device: torch.devi
 
         second = TrainOptions(
             minutes=minutes["vsd"],
-            lr=2e-4,
+            lr=1e-4,
             coach_lr=2e-3 if options.coach == "lora" else 1e-3,
             coach_warmup=20,
             **common,
