@@ -99,7 +99,7 @@ def eval_(o: Eval) -> None:
 
 
 def info(o: Info) -> None:
-    from .checkpoint import read_header, read_metadata
+    from .metadata import read_header, read_metadata
 
     path = find(o.model)
     meta = read_metadata(path)

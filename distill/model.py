@@ -102,14 +102,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     return Model(unet, vae, text_encoder, tokenizer, meta, Path(path).name, torch.device(device))
 
 
-def save_student(path: str | Path, teacher: Model, unet: Any, **changes: Any) -> Path:
-    """Write a student that shares its teacher's text encoder, VAE and way of being called, in half precision.
+def save_student(path: str | Path, source: Model, unet: Any, **changes: Any) -> Path:
+    """Write a student that shares the text encoder, VAE and way of being called, in half precision.
 
     changes: fields of Metadata, at least method; guidance is marked as baked in and steps as 1 unless they say else.
     """
-    student = {"steps": 1, "guidance": {**teacher.meta.guidance, "baked": True}, "teacher": teacher.name, "metrics": {}}
-    meta = replace(teacher.meta, **(student | changes))
-    parts = [dict(m.state_dict()) for m in (unet, teacher.vae, teacher.text_encoder)]
+    student = {"steps": 1, "guidance": {**source.meta.guidance, "baked": True}, "teacher": source.name, "metrics": {}}
+    meta = replace(source.meta, **(student | changes))
+    parts = [dict(m.state_dict()) for m in (unet, source.vae, source.text_encoder)]
     return checkpoint.write(path, checkpoint.pack(checkpoint.Pipeline(*parts, meta)), torch.float16)
 
 
