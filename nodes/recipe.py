@@ -56,7 +56,7 @@ def sample_few_step(model, x, sigmas, extra_args=None, callback=None, disable=No
     """The k-diffusion signature: x (B, C, H, W) noised to sigmas[0]; returns x0."""
     extra_args = extra_args or {}
     sampling = model.inner_model.inner_model.model_sampling
-    generator = torch.Generator().manual_seed((extra_args.get("seed") or 0) + 1)
+    generator = torch.Generator().manual_seed(((extra_args.get("seed") or 0) + 1) % 2**64)  # not the first noise again
     one, zero, first = torch.ones(1, device=x.device), torch.zeros(1, device=x.device), sigmas[:1]
     noise, signal = sampling.noise_scaling(first, one.clone(), zero), sampling.noise_scaling(first, zero.clone(), one)
     given = sampling.noise_scaling(first, one.clone(), zero, True)
