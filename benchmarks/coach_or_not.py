@@ -17,6 +17,8 @@ import tyro
 
 from distill import train_student
 from distill.checkpoint import bundled
+from distill.methods.sds import SDSOptions
+from distill.methods.vsd import VSDOptions
 from distill.metrics import Judge, evaluate
 from distill.model import load
 from distill.train import TrainOptions
@@ -30,9 +32,9 @@ class Options:
     prompts: tuple[str, ...] = ("a large star", "a small red ring on a blue background, top left")
 
 
-TRAINING = {
-    "vsd": dict(lr=5e-4, coach_lr=1e-3, coach_warmup=20),
-    "sds": dict(lr=5e-4),
+TRAINING = {  # VSD and SDS differ in the coach alone
+    "vsd": dict(lr=2e-4, coach_lr=1e-3, coach_warmup=20),
+    "sds": dict(lr=2e-4),
     "regression": dict(lr=1e-3, decay_from=0.4),
 }
 NAMES = {"vsd": "VSD, with a coach", "sds": "SDS, no coach", "regression": "regression on pairs"}
@@ -44,7 +46,10 @@ def main(o: Options) -> None:
         training = TrainOptions(steps=None, minutes=o.minutes, **how)
         folder = o.out / method
         if not (folder / "student.safetensors").exists():
-            options = train_student.Train(out=folder, method=method, coach="copy", training=training, device="cpu")
+            options = train_student.Train(
+                out=folder, method=method, coach="copy", device="cpu", training=training,
+                vsd=VSDOptions(guidance=2.0, guidance_until=0.45), sds=SDSOptions(guidance=2.0, guidance_until=0.45),
+            )  # fmt: skip
             train_student.run(options)
         student = load(folder / "student.safetensors")
         rows[NAMES[method]] = evaluate(student.sample, judge).to_dict()
