@@ -263,17 +263,11 @@ def test_a_file_written_again_is_loaded_again(client, folder):
     assert (latent_of(client, one_step("again.safetensors")) - first).abs().max() > 0.01
 
 
-def test_overhead_is_not_above_a_stock_sampler_s(comfyui, folder):
-    """Time in OneStepSample beyond the network, against stock KSampler's on the same MODEL; benchmarks/ prints more."""
-    script = [
-        comfyui[1],
-        str(PACK / "benchmarks/node_overhead.py"),
-        str(folder / "student.safetensors"),
-        "--threads=1",
-        "--runs=10",
-    ]
+def test_time_in_our_nodes_is_at_most_a_tenth_of_the_image_s(comfyui):
+    """And all that OneStepSample spends beside the network is not above stock KSampler's on the same MODEL."""
+    script = [comfyui[1], str(PACK / "benchmarks/node_overhead.py"), "--threads=1", "--runs=10"]
     variables = environment() | {"COMFYUI_PATH": str(comfyui[0])}
     out = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-3000:]
-    ms = json.loads(out.stdout[out.stdout.index("{") :])["ms"]
-    assert ms["sampling"] < 1.1 * ms["stock"]
+    result = json.loads(out.stdout[out.stdout.index("{") :])
+    assert result["ours"] <= 0.1 and result["ms"]["sampling"] < 1.1 * result["ms"]["stock"], result
