@@ -65,14 +65,14 @@ def main(o: Options) -> None:
 
 
 def draw(images: dict[str, list[torch.Tensor]], prompts: tuple[str, ...], path: Path) -> None:
-    """One row per student, one block of 12 pictures per prompt."""
+    """One row per student, one block of 2 x 6 pictures per prompt."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(prompts) + 1.6, 1.2 * len(images) + 0.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.6 * len(prompts) + 1.6, 1.2 * len(images) + 0.4), dpi=100, layout="constrained")
     axes = figure.subplots(len(images), len(prompts), squeeze=False)
     for i, (name, blocks) in enumerate(images.items()):
         for j, block in enumerate(blocks):
-            strip = torch.cat([torch.cat(list(block[k : k + 12]), 2) for k in (0,)], 1)
+            strip = torch.cat([torch.cat(list(row), 2) for row in block.split(6)], 1)
             axes[i][j].imshow(((strip.permute(1, 2, 0) + 1) / 2).clamp(0, 1), interpolation="nearest")
             axes[i][j].set(xticks=[], yticks=[])
             axes[i][j].spines[:].set_visible(False)
