@@ -44,7 +44,7 @@ class Build:
     seed: int = 0
 
 
-MINUTES = {"vae": 8.0, "text": 1.5, "judge": 6.0, "teacher": 65.0, "polish": 22.0, "student": 25.0}
+MINUTES = {"vae": 8.0, "text": 1.5, "judge": 6.0, "teacher": 47.0, "polish": 44.0, "student": 17.0}
 
 
 def run(o: Build) -> None:

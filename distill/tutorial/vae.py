@@ -35,7 +35,7 @@ def train(minutes: float = 10, seed: int = 0, batch: int = 32, **config: int) ->
     return vae
 
 
-def polish(vae: PatchAutoencoder, minutes: float = 20, seed: int = 1, batch: int = 32) -> PatchAutoencoder:
+def polish(vae: PatchAutoencoder, minutes: float = 44, seed: int = 1, batch: int = 32) -> PatchAutoencoder:
     """Train the decoder alone, under less noise. The latents stay as they are, so the teacher can train meanwhile."""
     vae.encoder.requires_grad_(False)
     vae.decoder.requires_grad_(True)
