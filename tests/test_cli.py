@@ -75,7 +75,7 @@ def test_bundled_student_is_as_good_as_its_card():
     report = metrics.evaluate(student.sample, metrics.Judge.load(), n=256)
     card = student.meta.metrics["1 step"]
     assert report.accuracy > card["accuracy"] - 0.04
-    assert abs(report.diversity_ratio - card["diversity_ratio"]) < 0.05  # the same 32 prompts x 16
+    assert abs(report.diversity_ratio - card["diversity_ratio"]) < 0.15  # 32 other prompts x 16
 
 
 def test_train_from_a_prompts_file(tmp_path):
