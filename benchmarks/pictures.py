@@ -12,13 +12,8 @@ from PIL import Image
 
 from distill import shapes
 from distill.checkpoint import bundled, read_metadata
-from distill.metrics import Judge, evaluate
+from distill.metrics import COLUMNS, Judge, evaluate
 from distill.model import load, to_pil
-
-COLUMNS = {
-    "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
-    "entropy": "entropy_ratio", "sharp": "sharpness_ratio", "clean": "clean",
-}  # fmt: skip
 
 
 def sheet(path: Path, columns: int = 12, rows: int = 3, scale: int = 2) -> None:

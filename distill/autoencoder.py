@@ -1,8 +1,7 @@
 """The tutorial's autoencoder: (B, 3, 64, 64) pictures to (B, 8, 8, 8) latents and back, almost all of it at 8x8.
 
-Stable Diffusion's AutoencoderKL works at full resolution, where a CPU gets through 60 pictures a second in training.
-This one folds 8x8 pixels into channels first and trains ten times faster (README, "the tutorial world"). Plain torch,
-because ComfyUI loads it too.
+Stable Diffusion's AutoencoderKL works at full resolution, too slowly to train on a CPU. This one folds 8x8 pixels into
+channels first. Plain torch, because ComfyUI loads it too.
 """
 
 from __future__ import annotations

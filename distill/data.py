@@ -23,22 +23,24 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def prompt_batches(model: Model, prompts: list[str], batch_size: int) -> Batches:
-    """Batches over a list of prompts, encoded once and kept in memory: {"cond", "shape"}."""
+    """Batches over a list of prompts, encoded once and kept in memory: {"cond", "shape", "device"}."""
     parts = [model.encode(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
     cache = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    where = {"shape": model.latent_shape(batch_size), "device": model.device}
 
     def batches(step: int, generator: Generator) -> dict:
         rows = torch.randint(len(prompts), (batch_size,), generator=generator)
-        return {"cond": {k: v[rows] for k, v in cache.items()}, "shape": model.latent_shape(batch_size)}
+        return {"cond": {k: v[rows] for k, v in cache.items()}, **where}
 
     return batches
 
 
 def shape_batches(model: Model, batch_size: int) -> Batches:
-    """Fresh prompts of the tutorial world, held-out combinations left out: {"cond", "shape"}."""
+    """Fresh prompts of the tutorial world, held-out combinations left out: {"cond", "shape", "device"}."""
+    where = {"shape": model.latent_shape(batch_size), "device": model.device}
 
     def batches(step: int, generator: Generator) -> dict:
         prompts = shapes.sample_prompts(batch_size, generator)
-        return {"cond": model.encode(prompts), "shape": model.latent_shape(batch_size)}
+        return {"cond": model.encode(prompts), **where}
 
     return batches

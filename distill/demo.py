@@ -25,13 +25,11 @@ from . import shapes
 from .checkpoint import bundled
 from .coach import CopyCoach, LoraCoach
 from .data import shape_batches
-from .denoiser import diffusers_net, from_net
 from .methods.regression import Pairs, Regression, RegressionOptions, build_pairs
 from .methods.vsd import VSD, VSDOptions
-from .metrics import Judge, evaluate
+from .metrics import COLUMNS, Judge, evaluate
 from .model import Model, load, save_student
 from .sample import one_step
-from .schedule import from_spec
 from .train import TrainOptions, seeded, train
 
 SHARES = {"pairs": 0.16, "regression": 0.32, "vsd": 0.40}  # of the time; the rest is for measuring
@@ -91,13 +89,7 @@ def run(options: Demo) -> dict:
 def _train(options: Demo, teacher: Model, student: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Yields the averaged student after every step of every stage; `student` ends as the final average."""
     null = teacher.encode([""])
-    schedule = from_spec(teacher.meta.schedule)
-
-    def make(net: nn.Module):
-        return from_net(diffusers_net(net), schedule, teacher.meta.prediction)
-
-    def g(z: Tensor, cond):
-        return one_step(make(student), schedule.time(teacher.meta.t_in))(z, cond)
+    g = one_step(teacher.wrap(student), teacher.denoiser.schedule.time(teacher.meta.t_in))
 
     guidance = teacher.meta.guidance["scale"]
     minutes = {stage: share * options.minutes for stage, share in SHARES.items()}
@@ -120,7 +112,7 @@ def _train(options: Demo, teacher: Model, student: nn.Module, device: torch.devi
             **common,
         )
         net = copy.deepcopy(teacher.unet)
-        coach = CopyCoach(net, make) if options.coach == "copy" else LoraCoach(net, make, rank=32)
+        coach = CopyCoach(net, teacher.wrap) if options.coach == "copy" else LoraCoach(net, teacher.wrap, rank=32)
         vsd = VSD(VSDOptions(guidance=2.0, guidance_until=0.45), g, coach, null)
         where = options.out / "vsd"
         for step in train(vsd, student, coach, shape_batches(teacher, 32), second, where, resume=options.resume):
@@ -157,11 +149,12 @@ def _pairs(options: Demo, teacher: Model, null, how: RegressionOptions, seconds:
 
 def finish(out: Path, options: Demo) -> dict:
     """Measure the student, draw the comparison, write report.json and workflow.json, print the table."""
-    teacher, student = load(options.teacher or bundled("teacher")), load(out / "student.safetensors")
+    device = pick_device(options.device)
+    teacher, student = load(options.teacher or bundled("teacher"), device), load(out / "student.safetensors", device)
     judge = Judge.load()
     # The teacher's figures were made by `python -m distill.tutorial.build measure`: 50 steps take minutes.
     rows = {f"teacher, {name}": report for name, report in teacher.meta.metrics.items()}
-    rows["student, 1 step"] = evaluate(student.sample, judge).to_dict()
+    rows["student, 1 step"] = evaluate(lambda p, g: student.sample(p, g).cpu(), judge).to_dict()
     times = compare(teacher, student, out / "comparison.png", options.seed)
     report = {"seed": options.seed, "minutes": options.minutes, "seconds_per_image": times, "rows": rows}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -179,16 +172,12 @@ def finish(out: Path, options: Demo) -> dict:
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    columns = {
-        "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
-        "entropy": "entropy_ratio", "sharp": "sharpness_ratio", "clean": "clean",
-    }  # fmt: skip
     some = next(iter(rows.values()))
-    print(f"\n{'n = ' + str(some['n']):<20}" + "".join(f"{c:>11}" for c in columns))
+    print(f"\n{'n = ' + str(some['n']):<20}" + "".join(f"{c:>11}" for c in COLUMNS))
     for name, row in rows.items():
-        print(f"{name:<20}" + "".join(f"{row[key]:>11.3f}" for key in columns.values()))
-    real = {k: 1.0 for k in columns.values()} | {"frechet": some["frechet_floor"], "clean": 0.95}
-    print(f"{'real pictures':<20}" + "".join(f"{real[key]:>11.3f}" for key in columns.values()))
+        print(f"{name:<20}" + "".join(f"{row[key]:>11.3f}" for key in COLUMNS.values()))
+    real = {k: 1.0 for k in COLUMNS.values()} | {"frechet": some["frechet_floor"], "clean": 0.95}
+    print(f"{'real pictures':<20}" + "".join(f"{real[key]:>11.3f}" for key in COLUMNS.values()))
 
 
 def compare(
@@ -196,9 +185,9 @@ def compare(
 ) -> dict[str, float]:
     """Draw the same prompts and noise three ways, and time each way for one picture (medians, taken in turn)."""
     ways = {
-        f"teacher, {teacher.meta.steps} steps": lambda p, g: teacher.sample(p, g),
-        "teacher, 1 step": lambda p, g: teacher.sample(p, g, steps=1),
-        "student, 1 step": lambda p, g: student.sample(p, g),
+        f"teacher, {teacher.meta.steps} steps": lambda p, g: teacher.sample(p, g).cpu(),
+        "teacher, 1 step": lambda p, g: teacher.sample(p, g, steps=1).cpu(),
+        "student, 1 step": lambda p, g: student.sample(p, g).cpu(),
     }
     g = seeded("cpu", seed, 2)
     attributes = shapes.sample_attributes(count, g)

@@ -161,6 +161,12 @@ class Report:
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
+COLUMNS = {
+    "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
+    "entropy": "entropy_ratio", "sharp": "sharpness_ratio", "clean": "clean",
+}  # fmt: skip
+"""What tables show: heading and field of Report."""
+
 Generate = Callable[[list[str], torch.Generator], Tensor]
 """(prompts, generator) -> pictures (B, 3, 64, 64) in [-1, 1]."""
 

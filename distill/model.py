@@ -31,10 +31,14 @@ class Model:
     name: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def wrap(self, unet: Any) -> Denoiser:
+        """A U-Net of this file's kind, such as a student or a coach, as a Denoiser."""
+        return from_net(diffusers_net(unet), from_spec(self.meta.schedule), self.meta.prediction)
+
     @property
     def denoiser(self) -> Denoiser:
-        """The U-Net as a Denoiser."""
-        return from_net(diffusers_net(self.unet), from_spec(self.meta.schedule), self.meta.prediction)
+        """The file's own U-Net as a Denoiser."""
+        return self.wrap(self.unet)
 
     def latent_shape(self, n: int, size: int | None = None) -> tuple[int, int, int, int]:
         """(n, C, h, w) for square pictures of `size` pixels, by default the size the U-Net was trained at."""

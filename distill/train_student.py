@@ -7,20 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import bundled
 from .coach import CopyCoach, LoraCoach
 from .data import prompt_batches, read_prompts, shape_batches
 from .demo import pick_device
-from .denoiser import diffusers_net, from_net
 from .methods.regression import Regression, RegressionOptions, build_pairs
 from .methods.sds import SDS, SDSOptions
 from .methods.vsd import VSD, VSDOptions
 from .model import Model, load, save_student
 from .sample import one_step
-from .schedule import from_spec
 from .train import Step, TrainOptions, seeded, train
 
 
@@ -80,13 +78,8 @@ def run(o: Train) -> Path:
 
 def steps(o: Train, teacher: Model, student: nn.Module, t_in: float, device):
     """The loop, with a progress bar."""
-    null, schedule = teacher.encode([""]), from_spec(teacher.meta.schedule)
-
-    def make(net: nn.Module):
-        return from_net(diffusers_net(net), schedule, teacher.meta.prediction)
-
-    def g(z: Tensor, cond):
-        return one_step(make(student), schedule.time(t_in))(z, cond)
+    null = teacher.encode([""])
+    g = one_step(teacher.wrap(student), teacher.denoiser.schedule.time(t_in))
 
     batches = shape_batches(teacher, o.batch_size)
     if o.prompts:
@@ -101,10 +94,10 @@ def steps(o: Train, teacher: Model, student: nn.Module, t_in: float, device):
             )  # fmt: skip
         method, batches = Regression(o.regression, g), drawn
     elif o.method == "sds":
-        method = SDS(o.sds, g, CopyCoach(teacher.unet, make), null)  # of which only the teacher is called
+        method = SDS(o.sds, g, CopyCoach(teacher.unet, teacher.wrap), null)  # of which only the teacher is called
     else:
         net = copy.deepcopy(teacher.unet)
-        coach = CopyCoach(net, make) if o.coach == "copy" else LoraCoach(net, make, rank=o.rank)
+        coach = CopyCoach(net, teacher.wrap) if o.coach == "copy" else LoraCoach(net, teacher.wrap, rank=o.rank)
         method = VSD(o.vsd, g, coach, null)
     with tqdm(
         total=1.0, desc=o.method, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
