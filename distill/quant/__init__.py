@@ -1,0 +1,1 @@
+"""Four bits: quantize, pack, load and run."""
