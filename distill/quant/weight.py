@@ -179,7 +179,7 @@ def _checked(layer: str, spec: dict[str, Any], found: dict[str, Tensor]) -> Quan
     bits = spec.get("bits", width)
     need(bits in (2, 3, 4) if width == 4 else bits == 8, f"{bits!r} bits")
     need("codes" in found and "scale" in found, "weight or weight_scale is missing")
-    codes, scale = found["codes"], found["scale"]
+    codes = found["codes"]
     need(codes.ndim == 2 and codes.dtype in (torch.int8, torch.uint8), f"weight is {codes.dtype} {tuple(codes.shape)}")
     n, k = codes.shape[0], codes.shape[1] * (1 if width == 8 else 2)
     shape = spec.get("orig_shape", [n, k])
