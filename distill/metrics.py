@@ -152,6 +152,10 @@ class Report:
     entropy_ratio: float
     """Entropy of attributes that short prompts leave open, against renders'."""
     entropy_n: int
+    short_accuracy: float
+    """Share of those short-prompt pictures that show what the prompt states."""
+    short_clean: float
+    """Share of them as close to a clean render as 95 % of renders are: mush, where the prompt leaves much open."""
     sharpness_ratio: float
     """Mean absolute Laplacian of the n against renders'; below 1 is blur, above 1 texture noise."""
     clean: float
@@ -163,7 +167,7 @@ class Report:
 
 COLUMNS = {
     "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
-    "entropy": "entropy_ratio", "sharp": "sharpness_ratio", "clean": "clean",
+    "entropy": "entropy_ratio", "short": "short_accuracy", "short clean": "short_clean", "sharp": "sharpness_ratio", "clean": "clean",
 }  # fmt: skip
 """What tables show: heading and field of Report."""
 
@@ -205,7 +209,9 @@ def evaluate(generate: Generate, judge: Judge, n: int = 1024, seed: int = 1234) 
     stated[torch.arange(GROUPS), torch.arange(GROUPS) % len(shapes.NAMES)] = True  # short prompts: one attribute each
     short = [shapes.prompt(a, s) for a, s in zip(repeated(full), repeated(stated))]
     open_real = entropy(judge.read(_completions(full, stated, g)).attributes, stated, GROUPS)
-    open_made = entropy(judge.read(generate(short, g)).attributes, stated, GROUPS)
+    brief = generate(short, g)
+    brief_reading = judge.read(brief)
+    stated_right = all_right(brief_reading.attributes, repeated(full), repeated(stated))
 
     limit = distance_to_clean(real, real_reading).quantile(0.95)
     return Report(
@@ -218,8 +224,10 @@ def evaluate(generate: Generate, judge: Judge, n: int = 1024, seed: int = 1234) 
         frechet_floor=frechet(other_features, real_reading.features),
         diversity_ratio=full_made / full_real,
         diversity_n=GROUPS * PER_GROUP,
-        entropy_ratio=open_made / open_real,
+        entropy_ratio=entropy(brief_reading.attributes, stated, GROUPS) / open_real,
         entropy_n=GROUPS * PER_GROUP,
+        short_accuracy=stated_right.float().mean().item(),
+        short_clean=(distance_to_clean(brief, brief_reading) <= limit).float().mean().item(),
         sharpness_ratio=sharpness(made) / sharpness(real),
         clean=(distance_to_clean(made, reading) <= limit).float().mean().item(),
     )

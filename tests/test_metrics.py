@@ -70,6 +70,7 @@ def test_real_pictures_are_as_good_as_real(judge):
     assert report.frechet < 1.5 * report.frechet_floor
     assert 0.9 < report.diversity_ratio < 1.1 and 0.9 < report.entropy_ratio < 1.1
     assert 0.95 < report.sharpness_ratio < 1.05 and report.clean > 0.9
+    assert report.short_accuracy > 0.98 and report.short_clean > 0.85
 
 
 def test_each_fault_shows_in_its_figure(judge):
@@ -85,7 +86,7 @@ def test_each_fault_shows_in_its_figure(judge):
     blurred, noisy, same = (metrics.evaluate(world(f), judge, n=128) for f in (blur, noise, collapse))
     real = metrics.evaluate(world(), judge, n=128)
     assert blurred.sharpness_ratio < 0.7 and noisy.sharpness_ratio > 1.3
-    assert noisy.clean < 0.3
+    assert noisy.clean < 0.3 and noisy.short_clean < 0.3
     assert same.diversity_ratio < 0.05 and same.entropy_ratio < 0.05 and same.accuracy < 0.1
     assert min(r.frechet for r in (blurred, noisy, same)) > real.frechet
 
