@@ -1,0 +1,66 @@
+"""One door for every file: what it is, is read from its bytes and keys, never from its name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ...metadata import CheckpointError, read_header
+from . import gguf, stock
+
+STRANGERS = (
+    (b"PK\x03\x04", "a zip archive: a PyTorch checkpoint (.ckpt, .pt, .pth), which may run code when it is opened"),
+    (b"\x80", "a pickle, which may run code when it is opened"),
+    (b"<", "a web page: the download failed or wanted a login"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+"""first bytes -> what such a file is"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    weights: dict[str, Tensor]
+    """dense tensors by key, as the file has them (mapped: they cost memory once touched); a quantized layer L as the
+    contract's L.weight, L.weight_scale, ..., L.comfy_quant; stock ComfyUI's formats untouched"""
+    metadata: dict[str, str]
+    kind: str
+    """onestep (at least one layer of the contract's formats), comfy_quant (stock formats only), scaled_fp8, gguf, nf4,
+    nunchaku, dense"""
+
+
+def read(path: str | Path, stock_formats: Collection[str] = stock.STOCK) -> Loaded:
+    """Any of the supported files. Raises CheckpointError naming the file, what is wrong with it and the cure.
+
+    stock_formats: comfy_quant formats to let pass for others to load; ours are always read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Put it there, or choose another file.")
+    with path.open("rb") as f:
+        start = f.read(32)
+    if start.startswith(gguf.MAGIC):
+        return Loaded(*gguf.read(path), "gguf")
+    safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
+    for magic, what in STRANGERS:
+        if start.startswith(magic) and not safetensors:  # a header's length may begin with any byte
+            raise CheckpointError(f"{path}: {what}. Get the model as safetensors or GGUF.")
+    return _safetensors(path, stock_formats)
+
+
+def _safetensors(path: Path, stock_formats: Collection[str]) -> Loaded:
+    from safetensors import SafetensorError, safe_open
+
+    read_header(path)  # says better than the library what is wrong
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise CheckpointError(f"{path}: damaged: {e}. Download it again.") from None
+    kind = stock.check(path, weights, metadata, stock_formats)
+    return Loaded(weights, metadata, kind)
