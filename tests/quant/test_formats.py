@@ -177,3 +177,51 @@ def test_marks_may_stand_in_the_metadata(tmp_path):
     save_file(tensors, tmp_path / "m", {"_quantization_metadata": json.dumps({"layers": {"y": spec}})})
     loaded = read(tmp_path / "m")
     assert loaded.kind == "onestep" and layers(loaded.weights) == ["y"]
+
+
+# ------------------------------------------------------------------------------------------------- bitsandbytes
+
+
+@pytest.mark.parametrize("book", ["nf4", "fp4"])
+@pytest.mark.parametrize("scales", ["plain", "nested"])
+def test_bitsandbytes_own_numbers(book, scales):
+    """Against a file that bitsandbytes 0.50 wrote, with what its dequantize_4bit gave."""
+    loaded = read(Path(__file__).parent / "bitsandbytes.safetensors")
+    assert loaded.kind == "nf4" and not any("quant_state" in k or "absmax" in k for k in loaded.weights)
+    w = QuantizedWeight.from_tensors(loaded.weights, f"{book}.{scales}")
+    assert w.format == "onestep_codebook" and w.group_size == 64 and w.bits_per_weight < 6
+    expected = loaded.weights[f"{book}.{scales}.expected"]
+    tolerance = 0 if scales == "plain" else 3e-7 * expected.abs().max()  # its nested scales: another order of adding
+    assert (w.dequantize() - expected).abs().max() <= tolerance
+
+
+def nf4_tensors(shape: tuple[int, ...], codes: torch.Tensor, scale: torch.Tensor, book: torch.Tensor) -> dict:
+    """The format's description, written out: high nibble first, one scale for 64 numbers."""
+    flat = codes.flatten().to(torch.uint8)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": list(shape)}
+    return {
+        "y.weight": (flat[0::2] * 16 + flat[1::2]).unsqueeze(1),
+        "y.weight.absmax": scale,
+        "y.weight.quant_map": book,
+        "y.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        "y.bias": torch.ones(shape[0]),
+    }
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (4, 16, 2, 2), (32, 36)])
+def test_nf4_of_any_shape(tmp_path, shape, caplog):
+    g = torch.Generator().manual_seed(5)
+    count = torch.Size(shape).numel()
+    codes, scale = torch.randint(0, 16, (count // 64, 64), generator=g), torch.rand(count // 64, generator=g)
+    book = torch.linspace(-1, 1, 16)
+    save_file(nf4_tensors(shape, codes, scale, book), tmp_path / "m")
+    weights = read(tmp_path / "m").weights
+    expected = (book[codes] * scale[:, None]).view(shape)
+    assert torch.equal(weights["y.bias"], torch.ones(shape[0]))
+    if shape == (6, 128):
+        assert torch.equal(QuantizedWeight.from_tensors(weights, "y").dequantize(), expected)
+    elif len(shape) == 4:
+        w = QuantizedWeight.from_tensors(weights, "y")
+        assert w.bits == 8 and (w.dequantize() - expected).norm() < 0.008 * expected.norm()
+    else:  # rows of 36 hold no whole block
+        assert torch.equal(weights["y.weight"], expected.half()) and "y.weight" in caplog.text

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...metadata import CheckpointError, read_header
-from . import gguf, stock
+from . import gguf, nf4, stock
 
 STRANGERS = (
     (b"PK\x03\x04", "a zip archive: a PyTorch checkpoint (.ckpt, .pt, .pth), which may run code when it is opened"),
@@ -62,5 +62,7 @@ def _safetensors(path: Path, stock_formats: Collection[str]) -> Loaded:
             weights = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: damaged: {e}. Download it again.") from None
+    if any(nf4.STATE in k for k in weights):
+        return Loaded(nf4.convert(path, weights), metadata, "nf4")
     kind = stock.check(path, weights, metadata, stock_formats)
     return Loaded(weights, metadata, kind)
