@@ -1,6 +1,7 @@
 """ComfyUI's face: schemas and glue, one file per family of nodes. No maths, and no constant a file's metadata holds."""
 
+from .four_bit import OneStepLoad4Bit, OneStepLoad4BitCLIP
 from .load import OneStepLoadStudent
 from .sample import OneStepSample, OneStepSchedule
 
-NODES = [OneStepLoadStudent, OneStepSample, OneStepSchedule]
+NODES = [OneStepLoadStudent, OneStepSample, OneStepSchedule, OneStepLoad4Bit, OneStepLoad4BitCLIP]

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import folder_paths
 from comfy_api.latest import io
 
 from ..distill import checkpoint
 from ..distill.checkpoint import CheckpointError
-
-FOLDERS = ("diffusion_models", "checkpoints")
-BUNDLED = {f"bundled: {name}": name for name in ("student", "teacher")}
-
-
-def choices() -> list[str]:
-    """The bundled models, then every safetensors file in ComfyUI's model folders."""
-    files = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
-    return [*BUNDLED, *dict.fromkeys(name for name in files if name.endswith(".safetensors"))]
-
-
-def locate(file: str) -> Path:
-    """A choice of the widget -> its path. Raises CheckpointError naming the folders where there is none."""
-    if file in BUNDLED:
-        return checkpoint.bundled(BUNDLED[file])
-    for folder in FOLDERS:
-        path = folder_paths.get_full_path(folder, file)
-        if path is not None:
-            return Path(path)
-    folders = " or ".join(folder_paths.get_folder_paths(folder)[0] for folder in FOLDERS)
-    raise CheckpointError(f"{file}: no such file in {folders}. Put it there, or choose another file.")
+from .files import BUNDLED, DIFFUSION, choices, fingerprint, locate
 
 
 class OneStepLoadStudent(io.ComfyNode):
@@ -40,7 +18,7 @@ class OneStepLoadStudent(io.ComfyNode):
             display_name="OneStep Load Student",
             category="OneStep",
             description="Loads a OneStep file, a one-step student or its teacher, as ordinary MODEL, CLIP and VAE. "
-            "Everything it needs to know is in the file.",
+            "Everything it needs to know is in the file; quantized ones stay in 4 bits.",
             search_aliases=[
                 "load one step model",
                 "load distilled",
@@ -52,9 +30,9 @@ class OneStepLoadStudent(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=choices(),
+                    options=choices(DIFFUSION, bundled=True),
                     default=next(iter(BUNDLED)),
-                    tooltip="A file made by `distill train` or `distill demo`, in models/diffusion_models or "
+                    tooltip="A file made by `distill train`, `distill demo` or OneStep Quantize, in models/diffusion_models or "
                     "models/checkpoints, or one of the models that come with OneStep.",
                 ),
             ],
@@ -82,8 +60,7 @@ class OneStepLoadStudent(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file):
         """A file that was written again under the same name is loaded again."""
-        stat = locate(file).stat()
-        return file, stat.st_mtime_ns, stat.st_size
+        return fingerprint(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

@@ -7,27 +7,37 @@ cure, where ComfyUI's classes cannot hold the architecture or the weights do not
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ...distill import checkpoint
+from ...distill.checkpoint import Metadata, Weights
 from ...distill.layouts import TEXT, UNET, VAE
 from .clip import build_clip
 from .model import build_model
 from .vae import build_vae
 
 
-def load(path: Path, embeddings: list[str], disable_dynamic: bool = False) -> tuple:
-    """A file -> (MODEL, CLIP or None, VAE or None); `embeddings` are the folders of textual inversions."""
+def load(path: Path, embeddings: list[str], disable_dynamic: bool = False, activations: str = "auto") -> tuple:
+    """A file -> (MODEL, CLIP or None, VAE or None); `embeddings` are the folders of textual inversions.
+
+    activations: of layers that are quantized in the file, see distill.quant.layers.
+    """
     c = checkpoint.read(path)
     unet, text, vae = (checkpoint.part(c.weights, prefix) for prefix in (UNET, TEXT, VAE))
-    model = build_model(path, c.meta, unet, disable_dynamic)
-    clip = build_clip(path, c.meta, text, embeddings, disable_dynamic) if text else None
+    model = build_model(path, c.meta, unet, disable_dynamic, activations)
+    clip = build_clip(path, c.meta, text, embeddings, disable_dynamic, activations) if text else None
     for i, patcher in enumerate((model, clip and clip.patcher)):
         if patcher is not None:  # ComfyUI loads the weights again for other GPUs and for hooks on part of a prompt
-            patcher.cached_patcher_init = (patchers, (path, embeddings), i)
+            patcher.cached_patcher_init = (partial(patchers, activations=activations), (path, embeddings), i)
     return model, clip, build_vae(path, c.meta.architecture["vae"], vae) if vae else None
 
 
-def patchers(path: Path, embeddings: list[str], disable_dynamic: bool = False) -> tuple:
-    model, clip, _ = load(path, embeddings, disable_dynamic)
+def patchers(path: Path, embeddings: list[str], disable_dynamic: bool = False, activations: str = "auto") -> tuple:
+    model, clip, _ = load(path, embeddings, disable_dynamic, activations)
     return model, clip and clip.patcher
+
+
+def load_model(path: Path, weights: Weights, meta: Metadata, disable_dynamic: bool = False, activations: str = "auto"):
+    """Only the MODEL, from weights that were read already."""
+    return build_model(path, meta, checkpoint.part(weights, UNET) or {}, disable_dynamic, activations)

@@ -14,7 +14,11 @@ import comfy.utils
 import torch
 
 from ...distill.checkpoint import Metadata, Weights, check_fit
+from ...distill.quant.weight import layers
 from .limits import require
+from .ops import operations
+from .packed import pack
+from .patcher import Patcher
 
 FIXED = {"layer_norm_eps": (1e-5,), "hidden_act": tuple(comfy.clip_model.ACTIVATIONS)}
 
@@ -47,7 +51,12 @@ class Words:
 
 
 def build_clip(
-    path: Path, meta: Metadata, weights: Weights, embeddings: list[str], disable_dynamic: bool = False
+    path: Path,
+    meta: Metadata,
+    weights: Weights,
+    embeddings: list[str],
+    disable_dynamic: bool = False,
+    activations: str = "auto",
 ) -> comfy.sd.CLIP:
     """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
     config = meta.architecture["text_encoder"]
@@ -82,14 +91,23 @@ def build_clip(
         clip=comfy.sd1_clip.SD1ClipModel,
         tokenizer=lambda **kwargs: comfy.sd1_clip.SD1Tokenizer(tokenizer=Tokenizer, **kwargs),
     )
+    quantized = bool(layers(weights))
+    weights = pack(weights) if quantized else weights
     # ComfyUI projects the pooled text although nothing here takes the projection: give it something to compute
     weights = {"text_projection.weight": torch.eye(config["hidden_size"])} | weights
     check_fit(path, "CLIP", TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict(), weights)
-    return comfy.sd.CLIP(
+    options = {"dtype": comfy.utils.weight_dtype(weights)}  # ComfyUI would round to half; it computes in fp32
+    if quantized:
+        disable_dynamic = True
+        options["custom_operations"] = operations(options["dtype"], text=True, activations=activations)
+    clip = comfy.sd.CLIP(
         target,
         embedding_directory=embeddings,
         parameters=comfy.utils.calculate_parameters(weights),
         state_dict=[weights],
-        model_options={"dtype": comfy.utils.weight_dtype(weights)},  # ComfyUI would round to half; it computes in fp32
+        model_options=options,
         **({"disable_dynamic": True} if disable_dynamic else {}),  # old versions do not have it
     )
+    if quantized:
+        Patcher.adopt(clip.patcher)
+    return clip

@@ -14,8 +14,12 @@ import comfy.utils
 
 from ...distill.checkpoint import CheckpointError, Metadata, Weights, check_fit
 from ...distill.layouts import per_level
+from ...distill.quant.weight import layers as marked
 from ..recipe import attach
 from .limits import require, require_multiples
+from .ops import operations
+from .packed import pack
+from .patcher import Patcher
 
 MODEL_TYPES = {
     "x0": comfy.model_base.ModelType.EPS,  # ModelType has no x0: Model replaces its model_sampling
@@ -165,20 +169,27 @@ def unet_config(path: Path, config: dict) -> dict:
     }
 
 
-def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: bool = False):
-    """LDM-keyed U-Net weights -> MODEL that carries its recipe; disable_dynamic: ComfyUI's word for whole loading."""
-    config = Config(path, meta)
+def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: bool = False, activations: str = "auto"):
+    """LDM-keyed U-Net weights -> MODEL that carries its recipe; disable_dynamic: ComfyUI's word for whole loading.
+
+    activations: of quantized layers, see distill.quant.layers.
+    """
+    config, quantized = Config(path, meta), bool(marked(weights))
+    weights = pack(weights) if quantized else weights
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     parameters = comfy.utils.calculate_parameters(weights)
     dtypes = config.supported_inference_dtypes
     dtype = mm.unet_dtype(
         model_params=parameters, supported_dtypes=dtypes, weight_dtype=comfy.utils.weight_dtype(weights)
     )
-    config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, dtypes))
+    cast = mm.unet_manual_cast(dtype, load_device, dtypes)
+    config.set_inference_dtype(dtype, cast)
+    if quantized:
+        config.custom_operations = operations(cast or dtype, activations=activations)
     model = Model(config, mm.unet_inital_load_device(parameters, dtype))
     check_fit(path, "U-Net", model.diffusion_model.state_dict(), weights)
-    make = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = make(model, load_device=load_device, offload_device=offload_device)
+    dense = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = (Patcher if quantized else dense)(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     attach(patcher, meta)
     return patcher

@@ -1,0 +1,50 @@
+"""Where model files are: what the widgets offer, and the path of a choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ..distill import checkpoint
+from ..distill.checkpoint import CheckpointError
+
+DIFFUSION = ("diffusion_models", "checkpoints")
+TEXT = ("text_encoders",)
+BUNDLED = {f"bundled: {name}": name for name in ("student", "teacher")}
+EXTENSIONS = {".safetensors", ".sft", ".gguf"}
+
+for name in (*DIFFUSION, *TEXT):  # ComfyUI lists no .gguf; these lists share its folders, present and future
+    folder_paths.folder_names_and_paths[f"onestep_{name}"] = (folder_paths.folder_names_and_paths[name][0], EXTENSIONS)
+
+
+def choices(folders: tuple[str, ...], extensions: tuple[str, ...] = (".safetensors",), bundled: bool = False) -> list:
+    """The bundled models where asked for, then every file with one of the extensions."""
+    files = [name for folder in folders for name in folder_paths.get_filename_list(f"onestep_{folder}")]
+    return [*(BUNDLED if bundled else ()), *dict.fromkeys(name for name in files if name.endswith(extensions))]
+
+
+def locate(file: str, folders: tuple[str, ...] = DIFFUSION) -> Path:
+    """A choice of the widget -> its path. Raises CheckpointError naming the folders where there is none."""
+    if file in BUNDLED:
+        return checkpoint.bundled(BUNDLED[file])
+    for folder in folders:
+        path = folder_paths.get_full_path(f"onestep_{folder}", file)
+        if path is not None:
+            return Path(path)
+    places = " or ".join(place(folder) for folder in folders)
+    raise CheckpointError(f"{file}: no such file in {places}. Put it there, or choose another file.")
+
+
+def place(folder: str) -> str:
+    """Where a file of that kind belongs. (ComfyUI has older names for some folders, too.)"""
+    paths = folder_paths.get_folder_paths(folder)
+    return next((p for p in paths if Path(p).name == folder), paths[0])
+
+
+def fingerprint(file: str | None, folders: tuple[str, ...] = DIFFUSION) -> tuple | None:
+    """Changes when the file is written again. A name that another node still has to give is that node's affair."""
+    if file is None:
+        return None
+    stat = locate(file, folders).stat()
+    return file, stat.st_mtime_ns, stat.st_size

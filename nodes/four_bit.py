@@ -1,0 +1,194 @@
+"""Loading quantized models of any maker and architecture, as MODEL and CLIP that stay quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io
+
+from ..distill.checkpoint import CheckpointError, Metadata
+from .files import DIFFUSION, TEXT, choices, fingerprint, locate
+
+CATEGORY = "OneStep"
+KINDS = (".safetensors", ".sft", ".gguf")
+NONE = "none"
+
+
+def activations_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "activations",
+        options=["auto", "float", "int8"],
+        default="auto",
+        advanced=True,
+        optional=True,
+        tooltip="How layers compute. auto: whatever is measured to be fastest on this machine, with activations rounded "
+        "to 8 bits where that is nearly as exact. float: never round activations. int8: round them wherever possible.",
+    )
+
+
+def check(file: str | None, folders: tuple[str, ...]) -> bool | str:
+    """Look at the header before anything runs: this message is shown on the node, an exception's is not."""
+    if file is None:  # comes from another node
+        return True
+    from ..distill.quant import formats
+
+    try:
+        formats.check(locate(file, folders))
+    except CheckpointError as e:
+        return str(e)
+    return True
+
+
+class OneStepLoad4Bit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OneStepLoad4Bit",
+            display_name="OneStep Load 4-bit",
+            category=CATEGORY,
+            description="Loads a quantized diffusion model and keeps it quantized in memory: what OneStep Quantize "
+            "made, GGUF, bitsandbytes NF4, nunchaku int4, and ComfyUI's own formats. Any model ComfyUI knows, "
+            "convolutions too. LoRA works and stays exact.",
+            search_aliases=[
+                "4 bit",
+                "int4",
+                "quantized",
+                "low vram",
+                "GGUF",
+                "UnetLoaderGGUF",
+                "NF4",
+                "bitsandbytes",
+                "nunchaku",
+                "svdquant",
+                "awq",
+                "load diffusion model",
+                "UNETLoader",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=choices(DIFFUSION, KINDS),
+                    tooltip="A quantized model in models/diffusion_models or models/checkpoints: .safetensors or .gguf. "
+                    "A file that is not quantized loads too, as it is.",
+                ),
+                activations_input(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For any sampler. LoRA loaders and other patches may follow; weights stay quantized.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        return check(file, DIFFUSION)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, activations="auto"):
+        return fingerprint(file), activations
+
+    @classmethod
+    def execute(cls, file, activations="auto") -> io.NodeOutput:
+        return io.NodeOutput(load_model(locate(file), activations))
+
+
+class OneStepLoad4BitCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = choices(TEXT, KINDS)
+        return io.Schema(
+            node_id="OneStepLoad4BitCLIP",
+            display_name="OneStep Load 4-bit CLIP",
+            category=CATEGORY,
+            description="Loads quantized text encoders (CLIP, T5 and the others ComfyUI knows) and keeps them "
+            "quantized in memory.",
+            search_aliases=[
+                "4 bit text encoder",
+                "quantized clip",
+                "T5",
+                "CLIPLoader",
+                "DualCLIPLoader",
+                "CLIPLoaderGGUF",
+                "int4",
+                "GGUF",
+                "low vram",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=files,
+                    tooltip="A quantized text encoder in models/text_encoders: .safetensors or .gguf. A dense one loads "
+                    "too, as it is.",
+                ),
+                io.Combo.Input(
+                    "type",
+                    options=[t.name.lower() for t in comfy.sd.CLIPType],
+                    default="stable_diffusion",
+                    tooltip="The family of models it is for: what ComfyUI's Load CLIP asks for.",
+                ),
+                io.Combo.Input(
+                    "second",
+                    options=[NONE, *files],
+                    default=NONE,
+                    tooltip="A second text encoder, where the model takes two: SDXL and Flux do.",
+                ),
+                io.Combo.Input(
+                    "third",
+                    options=[NONE, *files],
+                    default=NONE,
+                    advanced=True,
+                    optional=True,
+                    tooltip="A third text encoder: Stable Diffusion 3 takes one.",
+                ),
+                activations_input(),
+            ],
+            outputs=[io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode. LoRA loaders may follow.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None, second=None, third=None) -> bool | str:
+        checks = (check(f, TEXT) for f in (file, second, third) if f != NONE)
+        return next((said for said in checks if said is not True), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, type=None, second=NONE, third=NONE, activations="auto"):
+        return [fingerprint(f, TEXT) for f in (file, second, third) if f != NONE], type, activations
+
+    @classmethod
+    def execute(cls, file, type, second=NONE, third=NONE, activations="auto") -> io.NodeOutput:
+        paths = [locate(f, TEXT) for f in (file, second, third) if f != NONE]
+        return io.NodeOutput(load_clip(paths, type, folder_paths.get_folder_paths("embeddings"), activations))
+
+
+def load_model(path: Path, activations: str = "auto", disable_dynamic: bool = True):
+    """A file -> MODEL; a OneStep file by what it says of itself, any other by what ComfyUI recognises."""
+    from ..distill.quant import formats
+    from . import native
+    from .native.detect import build
+
+    loaded = formats.read(path)
+    if "onestep.version" in loaded.metadata:
+        meta = Metadata.from_strings(loaded.metadata, path)
+        model = native.load_model(path, loaded.weights, meta, disable_dynamic, activations)
+    else:
+        model = build(path, loaded.weights, loaded.metadata, activations)
+    model.cached_patcher_init = (load_model, (path, activations))  # ComfyUI loads the weights again for other GPUs
+    return model
+
+
+def load_clip(paths: list[Path], kind: str, embeddings: list[str], activations: str = "auto"):
+    """Files -> CLIP."""
+    from ..distill.quant import formats
+    from .native.detect import build_text
+
+    clip = build_text(paths, [formats.read(p).weights for p in paths], kind, embeddings, activations)
+    clip.patcher.cached_patcher_init = (load_text_patcher, (paths, kind, embeddings, activations))
+    return clip
+
+
+def load_text_patcher(*args, disable_dynamic: bool = True):
+    return load_clip(*args).patcher

@@ -1,0 +1,85 @@
+"""Any file with 4-bit weights -> MODEL or CLIP, recognised as ComfyUI recognises dense ones."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import comfy.model_detection as detection
+import comfy.model_management as mm
+import comfy.sd
+import comfy.utils
+from torch import Tensor
+
+from ...distill.checkpoint import CheckpointError
+from .ops import operations
+from .packed import float_dtype, pack
+from .patcher import Patcher
+
+
+def build(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], activations: str = "auto") -> Patcher:
+    """A state dict in the contract's form -> MODEL. Raises CheckpointError where ComfyUI does not know the model."""
+    dtype = float_dtype(weights)
+    config, weights = recognise(path, diffusion_part(pack(weights, dtype)), metadata)
+    load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+    supported, parameters = list(config.supported_inference_dtypes), comfy.utils.calculate_parameters(weights)
+    inference = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=dtype)
+    cast = mm.unet_manual_cast(inference, load_device, supported)
+    config.set_inference_dtype(inference, cast)
+    config.custom_operations = operations(cast or inference, activations=activations)
+    model = config.get_model(weights, "")
+    try:
+        model.load_model_weights(weights, "")
+    except RuntimeError as e:  # load_state_dict, with a line for each weight of a wrong shape
+        lines = [line.strip() for line in str(e).splitlines()]
+        raise CheckpointError(f"{path}: wrong weights: {lines[1] if len(lines) > 1 else lines[0]} Get it again.") from e
+    return Patcher(model, load_device=load_device, offload_device=offload_device)
+
+
+def diffusion_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a whole checkpoint, what is under its diffusion model's prefix, without the prefix."""
+    prefix = detection.unet_prefix_from_state_dict(weights)
+    return comfy.utils.state_dict_prefix_replace(dict(weights), {prefix: ""}, filter_keys=True) or dict(weights)
+
+
+def recognise(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]):
+    """Weights in ComfyUI's, Stable Diffusion's or diffusers' names -> (model configuration, weights in ComfyUI's)."""
+    config = detection.model_config_from_unet(weights, "", metadata=metadata)
+    if config is not None:
+        return config, weights
+    converted = detection.convert_diffusers_mmdit(dict(weights), "")
+    if converted is not None:
+        config = detection.model_config_from_unet(converted, "")
+    else:
+        config = detection.model_config_from_diffusers_unet(weights)
+        if config is not None:
+            names = comfy.utils.unet_to_diffusers(config.unet_config)
+            converted = {names[k]: v for k, v in weights.items() if k in names}
+    if config is None:
+        some = ", ".join(list(weights)[:3])
+        raise CheckpointError(
+            f"{path}: ComfyUI does not know this model (its weights are called {some} ...). "
+            "Choose a diffusion model; text encoders go into OneStep Load 4-bit CLIP, OneStep files into Load Student."
+        )
+    return config, converted
+
+
+def build_text(
+    paths: list[Path], states: list[dict[str, Tensor]], kind: str, embeddings: list[str], activations: str = "auto"
+) -> comfy.sd.CLIP:
+    """State dicts of one text encoder or more -> CLIP; kind: what ComfyUI's CLIPLoader calls type."""
+    for path, state in zip(paths, states, strict=True):
+        if "transformer.resblocks.0.ln_1.weight" not in state and comfy.sd.detect_te_model(pack(state)) is None:
+            raise CheckpointError(f"{path}: not a text encoder that ComfyUI knows. Choose another file.")
+    kind = getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    dtype = mm.text_encoder_dtype(mm.text_encoder_device())
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [pack(state) for state in states],
+        embedding_directory=embeddings,
+        clip_type=kind,
+        model_options={"custom_operations": operations(dtype, text=True, activations=activations)},
+        disable_dynamic=True,
+    )
+    Patcher.adopt(clip.patcher)
+    logging.info("OneStep: text encoder with quantized weights, %.0f MB", clip.patcher.model_size() / 1e6)
+    return clip

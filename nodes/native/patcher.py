@@ -1,0 +1,128 @@
+"""ComfyUI's model management for quantized weights: LoRA, hooks, offloading and saving without unpacking the model.
+
+The static patcher is the base on purpose: the dynamic one quantizes patched weights again, which loses the patch. Here
+a quantized layer never has its weight replaced. It is handed the patches instead (`set_patches`) and applies them when
+it is called, so unpatching is forgetting them, and the output afterwards is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .ops import Quantized
+
+
+class Patcher(ModelPatcher):
+    @classmethod
+    def adopt(cls, patcher: ModelPatcher) -> Patcher:
+        """A stock static patcher becomes one of these. (CLIP makes its own patcher and offers no way to choose.)"""
+        if type(patcher) is not ModelPatcher:
+            raise TypeError(f"{type(patcher).__name__} cannot hold quantized weights: load it with disable_dynamic")
+        patcher.__class__ = cls
+        return patcher
+
+    def quantized(self) -> Iterator[tuple[str, Quantized]]:
+        """(key of its weight, layer) of each layer that is quantized."""
+        for name, m in self.model.named_modules():
+            if isinstance(m, Quantized) and m.is_quantized:
+                yield f"{name}.weight", m
+
+    def layer(self, key: str) -> Quantized | None:
+        """The quantized layer that a key of the state dict belongs to."""
+        name, _, _ = key.rpartition(".")
+        try:
+            m = comfy.utils.get_attr(self.model, name) if name else None
+        except AttributeError:
+            return None
+        return m if isinstance(m, Quantized) and m.is_quantized else None
+
+    # ------------------------------------------------------------------------------------------ patches
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        """Codes and scales are in the state dict, but only what looks like a weight or a bias takes patches."""
+        patches = {k: v for k, v in patches.items() if not self._inner(k if isinstance(k, str) else k[0])}
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        patches = {k: v for k, v in patches.items() if not self._inner(k if isinstance(k, str) else k[0])}
+        return super().add_hook_patches(hook, patches, strength_patch, strength_model)
+
+    def model_state_dict(self, filter_prefix=None):
+        """For whoever reads or merges weights: they look dense, and become dense one at a time when computed with."""
+        sd = super().model_state_dict(filter_prefix)
+        outer = {k: t for k, t in sd.items() if not self._inner(k)}
+        return outer | {k: layer.weight for k, layer in self.quantized() if k in outer}
+
+    def _inner(self, key: str) -> bool:
+        return key.rpartition(".")[2] not in ("weight", "bias") and self.layer(key) is not None
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        layer = self.layer(key) if key.endswith(".weight") else None
+        if layer is None:
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        if return_weight:  # somebody wants the dense weight with its patches
+            return layer.patched_weight(self.patches.get(key, []), device_to or layer.weight.device, torch.float32)
+        return None  # `hand_over` has it
+
+    def hand_over(self) -> None:
+        """Give each quantized layer its patches, in place of the functions ComfyUI puts on layers it leaves behind."""
+        for key, layer in self.quantized():
+            layer.weight_function = [f for f in layer.weight_function if not getattr(f, "is_lowvram_patch", False)]
+            layer.set_patches(key, self.patches.get(key, []))
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        self.hand_over()
+
+    def partially_unload(self, *args, **kwargs):
+        freed = super().partially_unload(*args, **kwargs)
+        self.hand_over()
+        return freed
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            for key, layer in self.quantized():
+                layer.set_patches(key, [])
+
+    def pin_weight_to_device(self, key):
+        if self.layer(key) is None:
+            super().pin_weight_to_device(key)
+
+    # ------------------------------------------------------------------------------------------ hooks
+
+    def patch_hooks(self, hooks):
+        """Hooks patch weights during part of the sampling."""
+        super().patch_hooks(hooks)
+        patches = self.get_combined_hook_patches(hooks) if hooks is not None else {}
+        for key, layer in self.quantized():
+            layer.set_hook_patches(patches.get(key, []))
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        if not key.endswith(".weight") or self.layer(key) is None:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        super().unpatch_hooks(whitelist_keys_set)
+        for key, layer in self.quantized():
+            if not whitelist_keys_set or key in whitelist_keys_set:
+                layer.set_hook_patches([])
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        """Quantized layers as a file holds them: LoRA in the low-rank branch, dense where other patches are."""
+        sd = super().model_state_dict_for_saving(model, prefix)
+        for key, layer in self.quantized():
+            if not key.startswith(prefix):
+                continue
+            name = key[len(prefix) : -len(".weight")]
+            for k in [k for k in sd if k.rpartition(".")[0] == name and not k.endswith(".bias")]:
+                del sd[k]
+            sd |= {k: t.cpu() for k, t in layer.saved(name, self.patches.get(key, [])).items()}
+        return sd
