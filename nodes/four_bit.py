@@ -23,8 +23,8 @@ def activations_input() -> io.Combo.Input:
         default="auto",
         advanced=True,
         optional=True,
-        tooltip="How layers compute. auto: whatever is measured to be fastest on this machine, with activations rounded "
-        "to 8 bits where that is nearly as exact. float: never round activations. int8: round them wherever possible.",
+        tooltip="How layers compute. auto: what is measured to be fastest on this machine, with activations rounded to "
+        "8 bits where that is nearly as exact. float: never round activations. int8: round them wherever possible.",
     )
 
 
@@ -70,8 +70,8 @@ class OneStepLoad4Bit(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=choices(DIFFUSION, KINDS),
-                    tooltip="A quantized model in models/diffusion_models or models/checkpoints: .safetensors or .gguf. "
-                    "A file that is not quantized loads too, as it is.",
+                    tooltip="A quantized model in models/diffusion_models or models/checkpoints: .safetensors, .gguf. A "
+                    "file that is not quantized loads too, as it is.",
                 ),
                 activations_input(),
             ],
@@ -121,7 +121,7 @@ class OneStepLoad4BitCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=files,
-                    tooltip="A quantized text encoder in models/text_encoders: .safetensors or .gguf. A dense one loads "
+                    tooltip="A quantized text encoder in models/text_encoders: .safetensors, .gguf. A dense one loads "
                     "too, as it is.",
                 ),
                 io.Combo.Input(

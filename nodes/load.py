@@ -32,8 +32,8 @@ class OneStepLoadStudent(io.ComfyNode):
                     "file",
                     options=choices(DIFFUSION, bundled=True),
                     default=next(iter(BUNDLED)),
-                    tooltip="A file made by `distill train`, `distill demo` or OneStep Quantize, in models/diffusion_models or "
-                    "models/checkpoints, or one of the models that come with OneStep.",
+                    tooltip="A file made by `distill train`, `distill demo` or OneStep Quantize, in "
+                    "models/diffusion_models or models/checkpoints, or one of the models that come with OneStep.",
                 ),
             ],
             outputs=[

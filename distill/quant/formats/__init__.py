@@ -8,6 +8,6 @@ Nothing here unpickles, and no count in a file is believed before it is checked 
 
 from __future__ import annotations
 
-from .reading import Loaded, read
+from .reading import Loaded, check, read
 
-__all__ = ["Loaded", "read"]
+__all__ = ["Loaded", "check", "read"]

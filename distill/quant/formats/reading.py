@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...metadata import CheckpointError, read_header
-from . import gguf, nf4, stock
+from . import gguf, nf4, nunchaku_names, stock
 
 STRANGERS = (
     (b"PK\x03\x04", "a zip archive: a PyTorch checkpoint (.ckpt, .pt, .pth), which may run code when it is opened"),
@@ -39,17 +40,32 @@ def read(path: str | Path, stock_formats: Collection[str] = stock.STOCK) -> Load
     stock_formats: comfy_quant formats to let pass for others to load; ours are always read.
     """
     path = Path(path)
+    if is_gguf(path):
+        return Loaded(*gguf.read(path), "gguf")
+    return _safetensors(path, stock_formats)
+
+
+def check(path: str | Path) -> None:
+    """What the header alone tells of a file: quick for files of any size. Raises CheckpointError as `read` does."""
+    path = Path(path)
+    if not is_gguf(path):
+        read_header(path)
+        return
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        gguf.header(path, data)
+
+
+def is_gguf(path: Path) -> bool:
+    """GGUF, or to be taken for safetensors. Raises CheckpointError for what is clearly neither."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Put it there, or choose another file.")
     with path.open("rb") as f:
         start = f.read(32)
-    if start.startswith(gguf.MAGIC):
-        return Loaded(*gguf.read(path), "gguf")
     safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
     for magic, what in STRANGERS:
         if start.startswith(magic) and not safetensors:  # a header's length may begin with any byte
             raise CheckpointError(f"{path}: {what}. Get the model as safetensors or GGUF.")
-    return _safetensors(path, stock_formats)
+    return start.startswith(gguf.MAGIC)
 
 
 def _safetensors(path: Path, stock_formats: Collection[str]) -> Loaded:
@@ -64,5 +80,7 @@ def _safetensors(path: Path, stock_formats: Collection[str]) -> Loaded:
         raise CheckpointError(f"{path}: damaged: {e}. Download it again.") from None
     if any(nf4.STATE in k for k in weights):
         return Loaded(nf4.convert(path, weights), metadata, "nf4")
+    if nunchaku_names.is_nunchaku(weights):
+        return Loaded(nunchaku_names.convert(path, weights), metadata, "nunchaku")
     kind = stock.check(path, weights, metadata, stock_formats)
     return Loaded(weights, metadata, kind)
