@@ -13,7 +13,7 @@ no loader carries constants. Reading needs torch, safetensors and json only: thi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from .autoencoder import PatchAutoencoder
 from .layouts import TEXT, UNET, VAE, Weights, is_patch
 from .metadata import CheckpointError, Metadata, read_metadata
 from .persist import write_beside
+from .quant.layers import install
+from .quant.weight import QuantError, layers
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -134,16 +136,18 @@ def unpack(checkpoint: Checkpoint) -> Pipeline:
 def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Path:
     """Write atomically (temporary file, fsync, rename): a reader sees the old file or the new one, never a half.
 
-    dtype: store floating-point weights so (torch.float16 halves the file); None keeps them as they are.
+    dtype: store floating-point weights so (torch.float16 halves the file); None keeps them as they are. What belongs to
+    quantized layers stays as it is.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     strings = checkpoint.meta.to_strings()
-    weights = {}
+    weights, quantized = {}, set(layers(checkpoint.weights))
     for key, value in checkpoint.weights.items():
-        value = value.detach().to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype)
-        weights[key] = value.contiguous()
+        layer, _, name = key.rpartition(".")
+        cast = dtype is not None and value.is_floating_point() and (layer not in quantized or name == "bias")
+        weights[key] = value.detach().to("cpu", dtype if cast else value.dtype).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, lambda temporary: save_file(weights, temporary, strings))
     return path
@@ -176,9 +180,14 @@ def check_fit(path: str | Path, what: str, expected: Mapping[str, torch.Tensor],
 
 
 def build(path: str | Path, device: str | torch.device = "cpu") -> Modules:
-    """File -> diffusers' and transformers' modules in fp32, eval mode. What the file lacks is None."""
+    """File -> diffusers' and transformers' modules in fp32, eval mode. What the file lacks is None.
+
+    Quantized layers become `quant.layers`' modules, and stay packed.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from .quant.stream import skeleton
 
     checkpoint = read(path)
     configs = checkpoint.meta.architecture
@@ -187,22 +196,36 @@ def build(path: str | Path, device: str | torch.device = "cpu") -> Modules:
     except KeyError as e:
         raise CheckpointError(f"{path}: wrong architecture: no place for the weight {e}. Write the file again.") from e
 
-    def fill(module, what: str, weights: Weights):
-        check_fit(path, what, module.state_dict(), weights)
-        module.load_state_dict(weights)
-        return module.float().eval().to(device)
+    def fill(make: Callable[[], Any], what: str, weights: Weights):
+        packed = layers(weights)
+        if not packed:
+            module = make()
+            check_fit(path, what, module.state_dict(), weights)
+            module.load_state_dict(weights)
+            return module.float().eval().to(device)
+        module = skeleton(make)
+        try:
+            rest = install(module, weights)
+        except QuantError as e:
+            raise CheckpointError(f"{path}: the {what}'s {e}") from None
+        own = tuple(f"{name}." for name in packed)
+        check_fit(path, what, {k: v for k, v in module.state_dict().items() if not k.startswith(own)}, rest)
+        module.load_state_dict(rest, strict=False, assign=True)
+        return module.float().to(device)
 
-    unet = fill(UNet2DConditionModel(**configs["unet"]), "U-Net", pipeline.unet)
+    unet = fill(lambda: UNet2DConditionModel(**configs["unet"]), "U-Net", pipeline.unet)
     vae = None
     if pipeline.vae:
         make = PatchAutoencoder.from_config if is_patch(configs["vae"]) else lambda c: AutoencoderKL(**c)
-        vae = fill(make(configs["vae"]), "VAE", pipeline.vae)
+        vae = fill(lambda: make(configs["vae"]), "VAE", pipeline.vae)
     text_encoder = tokenizer = None
     if pipeline.text_encoder:
-        module = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-        old = any(k.startswith("text_model.") for k in module.state_dict())  # transformers 4 names them so
+        def make_text():
+            return CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+
+        old = any(k.startswith("text_model.") for k in skeleton(make_text).state_dict())  # transformers 4 names them so
         weights = {("text_model." if old else "") + k: v for k, v in pipeline.text_encoder.items()}
-        text_encoder = fill(module, "text encoder", weights)
+        text_encoder = fill(make_text, "text encoder", weights)
         tokenizer = build_tokenizer(checkpoint.meta)
     return Modules(unet, vae, text_encoder, tokenizer)
 

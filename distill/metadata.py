@@ -47,6 +47,8 @@ class Metadata:
     metrics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     """the training options"""
+    quantization: dict[str, Any] | None = None
+    """how the weights were quantized, and what it cost; None: not at all"""
     workflow: dict[str, Any] | None = None
     """a ComfyUI graph; dropping the file on the canvas opens it"""
 
@@ -95,7 +97,7 @@ class Metadata:
 
         for key in ("architecture", "schedule", "latent", "guidance", "metrics", "config"):
             need(isinstance(getattr(self, key), dict), key, "is not an object")
-        for key in ("text_encoder", "workflow"):
+        for key in ("text_encoder", "quantization", "workflow"):
             need(isinstance(getattr(self, key), dict | None), key, "is not an object")
         unet = self.architecture.get("unet")
         need(isinstance(unet, dict), "architecture", "has no 'unet'")
@@ -146,10 +148,14 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: truncated: {size} bytes, and its header alone is longer. Download it again.")
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON. Download it again.") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size < expected:
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+        whole = size >= expected
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise CheckpointError(f"{path}: damaged: its header is not a table of tensors. Download it again.") from None
+    if not whole:
         raise CheckpointError(f"{path}: truncated: {size} of {expected} bytes. Download it again.")
     return header

@@ -112,6 +112,7 @@ def save_student(path: str | Path, source: Model, unet: Any, **changes: Any) -> 
     changes: fields of Metadata, at least method; guidance is marked as baked in and steps as 1 unless they say else.
     """
     student = {"steps": 1, "guidance": {**source.meta.guidance, "baked": True}, "teacher": source.name, "metrics": {}}
+    student["quantization"] = None
     meta = replace(source.meta, **(student | changes))
     parts = [dict(m.state_dict()) for m in (unet, source.vae, source.text_encoder)]
     return checkpoint.write(path, checkpoint.pack(checkpoint.Pipeline(*parts, meta)), torch.float16)

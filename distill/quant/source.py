@@ -170,7 +170,7 @@ def _folder(folder: Path) -> Source:
 
 
 def shards(folder: Path) -> list[Path]:
-    """A part's weight files: those of its index, or the one safetensors file (without a variant where there are two)."""
+    """A part's weight files: those of its index, or the one safetensors file (without a variant, of two)."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"), key=lambda p: len(p.name))), None)
     if index is not None:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
