@@ -24,6 +24,9 @@ MAGIC = b"GGUF"
 ORIGINAL = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF: the true shape of a tensor that was stored as rows of 256"""
 LARGEST = 1 << 31
+"""numbers in a tensor"""
+MOST = 1 << 20
+"""tensors, metadata values and characters of one of them; real files have thousands"""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -58,7 +61,10 @@ class Cursor:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.bytes(self.number("Q")).decode("utf-8", "replace")
+        length = self.number("Q")
+        if length > MOST:
+            raise broken(self.path, f"a string of {length} bytes at {self.at}")
+        return self.bytes(length).decode("utf-8", "replace")
 
     def value(self, kind: int, depth: int = 0):
         """One metadata value. Arrays of strings are passed over (vocabularies): None."""
@@ -91,11 +97,13 @@ def header(path: Path, data: mmap.mmap) -> tuple[dict, list[Info]]:
     if version not in (2, 3):
         raise CheckpointError(f"{path}: GGUF version {version!r}; 2 and 3 are read here. Convert the model again.")
     tensors, values = cursor.number("Q"), cursor.number("Q")
+    if max(tensors, values) > MOST:
+        raise broken(path, f"its header counts {tensors} tensors and {values} values")
     metadata = {}
-    for _ in range(min(values, len(data))):  # every value takes bytes, so the cursor ends a lie long before
+    for _ in range(values):
         name = cursor.string()
         metadata[name] = cursor.value(cursor.number("I"))
-    infos = [_info(cursor) for _ in range(min(tensors, len(data)))]
+    infos = [_info(cursor) for _ in range(tensors)]
     align = metadata.get("general.alignment", 32)
     if not isinstance(align, int) or not 0 < align <= 1 << 20 or align & (align - 1):
         raise broken(path, f"its alignment is {align!r}")
@@ -107,7 +115,7 @@ def header(path: Path, data: mmap.mmap) -> tuple[dict, list[Info]]:
                 f"{path}: truncated or damaged: tensor {i.name!r} lies at {i.start} to {i.start + i.nbytes} "
                 f"of {len(data)} bytes. Download it again."
             )
-    order = sorted((i for i in infos if i.nbytes), key=lambda i: i.start)
+    order = sorted(infos, key=lambda i: i.start)
     for a, b in zip(order, order[1:]):
         if a.start + a.nbytes > b.start:
             raise broken(path, f"tensors {a.name!r} and {b.name!r} overlap")
@@ -127,10 +135,9 @@ def _info(cursor: Cursor) -> Info:
         known = ", ".join(k.name for k in KINDS.values() if k.decode)
         raise CheckpointError(f"{cursor.path}: tensor {name!r} has ggml type {ggml}, none of {known}. Get such a file.")
     kind = KINDS[ggml]
-    if math.prod(shape) >= LARGEST or (shape and shape[-1] % kind.block):
+    whole = (shape[-1] if shape else 1) % kind.block == 0
+    if 0 in shape or math.prod(shape) >= LARGEST or not whole:
         raise broken(cursor.path, f"tensor {name!r} is {kind.name} of shape {shape}")
-    if not shape and kind.block > 1:
-        raise broken(cursor.path, f"tensor {name!r} is {kind.name} of no shape")
     return Info(name, shape, kind, start)
 
 
@@ -151,15 +158,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _shape(path: Path, info: Info, metadata: dict) -> tuple[int, ...]:
     shape = metadata.get(ORIGINAL + info.name, info.shape)
-    sound = isinstance(shape, tuple) and len(shape) <= 8 and all(isinstance(s, int) and s >= 0 for s in shape)
+    sound = isinstance(shape, tuple) and len(shape) <= 8 and all(isinstance(s, int) and s > 0 for s in shape)
     if not sound or math.prod(shape) != math.prod(info.shape):
         raise broken(path, f"{ORIGINAL}{info.name} is {shape!r} where the tensor is {info.shape}")
     return shape
 
 
 def _entries(path: Path, data, info: Info, key: str, shape: tuple[int, ...], told: Told) -> dict[str, Tensor]:
-    if not info.nbytes:
-        return {key: torch.empty(shape, dtype=info.kind.dtype or torch.float16)}
     raw = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.start)
     if info.kind.dtype is not None:
         if info.start % info.kind.nbytes:  # alignment of less than a number

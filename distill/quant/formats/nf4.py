@@ -43,7 +43,7 @@ def convert(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _groups(path: Path, key: str, weights: dict[str, Tensor], state: str) -> tuple[Groups, tuple[int, ...]]:
     spec = _spec(path, key, weights[state])
     shape, block = tuple(spec["shape"]), spec["blocksize"]
-    packed = weights[key].contiguous().view(torch.uint8).flatten()
+    packed = weights[key].contiguous().flatten().view(torch.uint8)
     count = math.prod(shape)
     if 2 * packed.numel() != count or count % block:
         raise _broken(path, key, f"{packed.numel()} bytes and blocks of {block} for a shape of {shape}")

@@ -111,7 +111,9 @@ def _branch(path: Path, name: str, parts: dict[str, Tensor], smooth: Tensor | No
         return {}
     shapes = [tuple(t.shape) if t is not None else None for t in (down, up)]
     rank = shapes[1][-1] if shapes[1] else 0
-    _need(path, name, shapes == [(k, rank), (n, rank)] and rank % 16 == 0, f"low-rank factors are {shapes}")
+    floats = all(t is None or t.is_floating_point() for t in (down, up))
+    good = floats and shapes == [(k, rank), (n, rank)] and rank % 16 == 0
+    _need(path, name, good, f"low-rank factors are {shapes}")
     if rank == 0:
         return {}
     d = factor(down, down=True).float()
@@ -121,8 +123,8 @@ def _branch(path: Path, name: str, parts: dict[str, Tensor], smooth: Tensor | No
 def _modulation(path: Path, name: str, parts: dict[str, Tensor]) -> Layer:
     """W4A16: qweight (N/4, K/2) int32, W = code * wscales + wzeros."""
     q, scale, zero, bias = parts["qweight"], parts.get("wscales"), parts.get("wzeros"), parts.get("bias")
-    n, k = 4 * q.shape[0], 2 * q.shape[-1]
-    _need(path, name, q.ndim == 2 and n > 0 < k and k % 64 == 0, f"qweight is {tuple(q.shape)}")
+    _need(path, name, q.ndim == 2 and q.numel() > 0 and q.shape[1] % 32 == 0, f"qweight is {tuple(q.shape)}")
+    n, k = 4 * q.shape[0], 2 * q.shape[1]
     for what, t in (("wscales", scale), ("wzeros", zero)):
         good = t is not None and t.ndim == 2 and t.shape[0] >= k // GROUP and t.shape[1] == n and t.is_floating_point()
         _need(path, name, good, f"{what} is {None if t is None else tuple(t.shape)}, not {(k // GROUP, n)}")

@@ -40,9 +40,18 @@ def read(path: str | Path, stock_formats: Collection[str] = stock.STOCK) -> Load
     stock_formats: comfy_quant formats to let pass for others to load; ours are always read.
     """
     path = Path(path)
+    kind = None
     if is_gguf(path):
-        return Loaded(*gguf.read(path), "gguf")
-    return _safetensors(path, stock_formats)
+        weights, metadata = gguf.read(path)
+        kind = "gguf"
+    else:
+        weights, metadata = _safetensors(path)
+        if any(nf4.STATE in k for k in weights):
+            weights, kind = nf4.convert(path, weights), "nf4"
+        elif nunchaku_names.is_nunchaku(weights):
+            weights, kind = nunchaku_names.convert(path, weights), "nunchaku"
+    found = stock.check(path, weights, metadata, stock_formats)
+    return Loaded(weights, metadata, kind or found)
 
 
 def check(path: str | Path) -> None:
@@ -59,8 +68,11 @@ def is_gguf(path: Path) -> bool:
     """GGUF, or to be taken for safetensors. Raises CheckpointError for what is clearly neither."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Put it there, or choose another file.")
-    with path.open("rb") as f:
-        start = f.read(32)
+    try:
+        with path.open("rb") as f:
+            start = f.read(32)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be opened: {e.strerror}. Change who may read it.") from None
     safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
     for magic, what in STRANGERS:
         if start.startswith(magic) and not safetensors:  # a header's length may begin with any byte
@@ -68,19 +80,12 @@ def is_gguf(path: Path) -> bool:
     return start.startswith(gguf.MAGIC)
 
 
-def _safetensors(path: Path, stock_formats: Collection[str]) -> Loaded:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
-    read_header(path)  # says better than the library what is wrong
     try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            weights = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        with safe_open(path, framework="pt") as f:  # checks sizes, types and overlaps before a tensor is made
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        read_header(path)  # says better what is wrong, where it is length or JSON
         raise CheckpointError(f"{path}: damaged: {e}. Download it again.") from None
-    if any(nf4.STATE in k for k in weights):
-        return Loaded(nf4.convert(path, weights), metadata, "nf4")
-    if nunchaku_names.is_nunchaku(weights):
-        return Loaded(nunchaku_names.convert(path, weights), metadata, "nunchaku")
-    kind = stock.check(path, weights, metadata, stock_formats)
-    return Loaded(weights, metadata, kind)

@@ -29,8 +29,9 @@ LAYERS = "_quantization_metadata"
 def check(path: Path, weights: dict[str, Tensor], metadata: Mapping[str, str], stock: Collection[str]) -> str:
     """Check every marked layer; returns the file's kind. Adds the marks that stand in the metadata."""
     for name, spec in _marks_in_metadata(path, metadata).items():
-        text = json.dumps(spec).encode()
-        weights.setdefault(f"{name}.{MARK}", torch.tensor(list(text), dtype=torch.uint8))
+        if f"{name}.weight" in weights:
+            text = json.dumps(spec).encode()
+            weights.setdefault(f"{name}.{MARK}", torch.tensor(list(text), dtype=torch.uint8))
     ours = False
     marked = layers(weights)
     for name in marked:
