@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +253,25 @@ def test_what_is_not_covered_says_so(tmp_path):
     save_file(layer, tmp_path / "shape")
     with pytest.raises(CheckpointError, match="bias is torch.float32 .127,., not .128,."):
         read(tmp_path / "shape")
+
+
+def test_wrong_tensors_are_refused(tmp_path):
+    """Tensors dropped, cut, of other types and shapes: each file reads, or is refused by name. Deterministic."""
+    sound, rng, refused = flux(1)[0], random.Random(3), 0
+    path = tmp_path / "m"
+    for _ in range(150):
+        tensors = dict(sound)
+        for name in rng.sample(sorted(tensors), rng.choice((1, 1, 2))):
+            t = tensors.pop(name)
+            change = rng.randrange(6)
+            if change:
+                dtype = rng.choice((torch.int8, torch.int32, torch.bfloat16, torch.float8_e4m3fn, torch.float32))
+                new = (t[:-1], t.flatten(), t[None], t.float().to(dtype), torch.zeros(()).to(dtype))[change - 1]
+                tensors[name] = new.clone().contiguous()
+        save_file(tensors, path)
+        try:
+            assert read(path).kind in ("nunchaku", "dense")
+        except CheckpointError as e:
+            assert str(e).startswith(str(path))
+            refused += 1
+    assert refused > 50
