@@ -220,6 +220,7 @@ def build(path: str | Path, device: str | torch.device = "cpu") -> Modules:
         vae = fill(lambda: make(configs["vae"]), "VAE", pipeline.vae)
     text_encoder = tokenizer = None
     if pipeline.text_encoder:
+
         def make_text():
             return CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
 

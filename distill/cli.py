@@ -1,15 +1,17 @@
-"""The command line: distill demo | train | sample | eval | info."""
+"""The command line: distill demo | train | sample | eval | quantize | info."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from .demo import Demo
+from .quant.quantize import Quantize
 from .train_student import Train
 
 
@@ -47,6 +49,20 @@ class Eval:
     out: Path | None = None
     """Also write the figures to this JSON file."""
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class QuantizeFile:
+    """Make a 4-bit file of a model: U-Net or transformer, convolutions included; text encoders too."""
+
+    source: tyro.conf.Positional[str]
+    """A safetensors file (OneStep, diffusion model, full checkpoint, text encoder), a diffusers folder or one of its
+    parts, or the bundled student or teacher."""
+    out: tyro.conf.Positional[Path]
+    """The safetensors file to write."""
+    options: tyro.conf.OmitArgPrefixes[Quantize] = field(default_factory=Quantize)
+    report: Path | None = None
+    """Also write the whole report, layer by layer, to this JSON file."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,31 @@ def eval_(o: Eval) -> None:
         o.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
+def quantize(o: QuantizeFile) -> None:
+    from tqdm import tqdm
+
+    from .quant.quantize import quantize_file
+
+    logging.basicConfig(format="%(message)s")
+    bars: dict[str, tqdm] = {}
+
+    def show(done: int, total: int, what: str) -> None:
+        if what not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[what] = tqdm(total=total, desc=what)
+        bars[what].update(done - bars[what].n)
+
+    try:
+        report = quantize_file(find(o.source), o.out, o.options, progress=show)
+    finally:
+        for bar in bars.values():
+            bar.close()
+    print(report.table())
+    if o.report:
+        report.save(o.report)
+
+
 def info(o: Info) -> None:
     from .metadata import read_header, read_metadata
 
@@ -107,6 +148,8 @@ def info(o: Info) -> None:
     numbers = sum(_product(v["shape"]) for v in tensors.values())
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(tensors)} tensors, {numbers / 1e6:.2f} M numbers")
     shown = ("method", "teacher", "prediction", "t_in", "steps", "guidance", "schedule", "latent", "metrics", "config")
+    if meta.quantization:
+        shown = (*shown, "quantization")
     for name in (*shown, "license"):
         value = getattr(meta, name)
         print(f"{name:>12}  {value if isinstance(value, str) else json.dumps(value)}")
@@ -125,9 +168,16 @@ def main() -> None:
     from .checkpoint import CheckpointError
     from .train import Diverged
 
-    commands = {"demo": Demo, "train": Train, "sample": Sample, "eval": Eval, "info": Info}
+    commands = {"demo": Demo, "train": Train, "sample": Sample, "eval": Eval, "quantize": QuantizeFile, "info": Info}
     o = tyro.extras.subcommand_cli_from_dict(commands, prog="distill", description=__doc__)
-    actions = {Demo: demo.run, Train: train_student.run, Sample: sample, Eval: eval_, Info: info}
+    actions = {
+        Demo: demo.run,
+        Train: train_student.run,
+        Sample: sample,
+        Eval: eval_,
+        QuantizeFile: quantize,
+        Info: info,
+    }
     try:
         actions[type(o)](o)
     except KeyboardInterrupt:

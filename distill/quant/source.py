@@ -76,6 +76,8 @@ class Source(Mapping):
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
+    whole: str = ""
+    """which part it is, where the keys have no prefixes; "" finds out from the keys"""
 
     def __getitem__(self, key: str) -> Tensor:
         e = self.entries[key]
@@ -108,17 +110,14 @@ class Source(Mapping):
         for prefix, name in PARTS.items():
             if key.startswith(prefix):
                 return name, key[len(prefix) :]
-        return self._whole, key
+        return self.whole, key
 
     def __post_init__(self):
-        whole = "unet"
         if any(k.startswith(p) for p in PARTS for k in self.entries):
-            whole = "other"
-        elif any(TEXT_ALONE.search(k) for k in self.entries):
-            whole = "text"
-        elif any(VAE_ALONE.search(k) for k in self.entries):
-            whole = "vae"
-        self._whole = whole
+            self.whole = "other"
+        elif not self.whole:
+            kinds = ((TEXT_ALONE, "text"), (VAE_ALONE, "vae"))
+            self.whole = next((name for kind, name in kinds if any(map(kind.search, self.entries))), "unet")
 
 
 # ---------------------------------------------------------------------------------------------------- opening
@@ -157,7 +156,9 @@ def _folder(folder: Path) -> Source:
     if (folder / "model_index.json").is_file():
         inner = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), None)
         if inner is None:
-            raise CheckpointError(f"{folder}: a pipeline without unet/ or transformer/. Name the part's own folder.")
+            raise CheckpointError(
+                f"{folder}: a pipeline without unet/ or transformer/. Name the folder of the part itself."
+            )
         folder = inner
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -166,7 +167,8 @@ def _folder(folder: Path) -> Source:
     entries: dict[str, Entry] = {}
     for file in shards(folder):
         entries |= _file(file)[0]
-    return Source(folder, entries, {}, folder)
+    diffusers = "_class_name" in json.loads((folder / "config.json").read_text())
+    return Source(folder, entries, {}, folder, "" if diffusers else "text")
 
 
 def shards(folder: Path) -> list[Path]:
