@@ -12,6 +12,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...distill.checkpoint import CheckpointError
+from .fuse import convert
 from .ops import operations
 from .packed import float_dtype, pack
 from .patcher import Patcher
@@ -47,7 +48,7 @@ def recognise(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]):
     config = detection.model_config_from_unet(weights, "", metadata=metadata)
     if config is not None:
         return config, weights
-    converted = detection.convert_diffusers_mmdit(dict(weights), "")
+    converted = convert(weights)
     if converted is not None:
         config = detection.model_config_from_unet(converted, "")
     else:
