@@ -70,7 +70,7 @@ class OneStepLoad4Bit(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=choices(DIFFUSION, KINDS),
-                    tooltip="A quantized model in models/diffusion_models or models/checkpoints: .safetensors, .gguf. A "
+                    tooltip="A quantized model in models/diffusion_models or models/checkpoints: safetensors, gguf. A "
                     "file that is not quantized loads too, as it is.",
                 ),
                 activations_input(),
