@@ -9,5 +9,6 @@ Nothing here unpickles, and no count in a file is believed before it is checked 
 from __future__ import annotations
 
 from .reading import Loaded, check, read
+from .writing import Written, write
 
-__all__ = ["Loaded", "check", "read"]
+__all__ = ["Loaded", "Written", "check", "read", "write"]

@@ -26,7 +26,9 @@ ORIGINAL = "comfy.gguf.orig_shape."
 LARGEST = 1 << 31
 """numbers in a tensor"""
 MOST = 1 << 20
-"""tensors, metadata values and characters of one of them; real files have thousands"""
+"""tensors and metadata values; real files have thousands"""
+LONGEST = 1 << 26
+"""bytes of a string: OneStep's metadata holds tokenizers"""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -62,7 +64,7 @@ class Cursor:
 
     def string(self) -> str:
         length = self.number("Q")
-        if length > MOST:
+        if length > LONGEST:
             raise broken(self.path, f"a string of {length} bytes at {self.at}")
         return self.bytes(length).decode("utf-8", "replace")
 

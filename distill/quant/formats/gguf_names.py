@@ -64,3 +64,15 @@ def _one(name: str, family: str) -> str:
     if stem in WHOLE[family]:
         return f"{WHOLE[family][stem]}.{last}"
     return name
+
+
+def to_llama_cpp(key: str) -> str:
+    """Hugging Face's name of a T5 encoder's weight -> llama.cpp's."""
+    stem, _, last = key.rpartition(".")
+    places = {hf: ggml for ggml, hf in WHOLE["t5"].items()} | {"encoder.embed_tokens": "token_embd"}
+    if match := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", stem):
+        number, part = match.groups()
+        for ggml, hf in T5.items():
+            if hf == part:
+                return f"enc.blk.{number}.{ggml}.{last}"
+    return f"{places[stem]}.{last}" if stem in places else key
