@@ -2,6 +2,14 @@
 
 from .four_bit import OneStepLoad4Bit, OneStepLoad4BitCLIP
 from .load import OneStepLoadStudent
+from .quantize import OneStepQuantize
 from .sample import OneStepSample, OneStepSchedule
 
-NODES = [OneStepLoadStudent, OneStepSample, OneStepSchedule, OneStepLoad4Bit, OneStepLoad4BitCLIP]
+NODES = [
+    OneStepLoadStudent,
+    OneStepSample,
+    OneStepSchedule,
+    OneStepLoad4Bit,
+    OneStepLoad4BitCLIP,
+    OneStepQuantize,
+]

@@ -1,0 +1,73 @@
+"""What flows into the layers of a OneStep file while ComfyUI makes pictures with it: calibration without diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.samplers
+import torch
+
+from ...distill import shapes
+from ...distill.checkpoint import Metadata
+from ...distill.layouts import TEXT, UNET
+from ...distill.quant.calibrate import LayerStats, collect
+from ...distill.schedule import from_spec
+from ..recipe import FewStepSampler, sigmas
+from . import load
+
+LAYERS = torch.nn.Linear | torch.nn.Conv2d
+
+
+def calibrate(
+    path: Path, meta: Metadata, prompts: list[str], text: bool, progress: Callable[[int, int, str], None], seed: int = 0
+) -> dict[str, LayerStats]:
+    """Key of each layer in the file -> its inputs, over one picture a prompt, made as the file's recipe says.
+
+    text: the text encoder's layers, too.
+    """
+    model, clip, _ = load(path, [], disable_dynamic=True)
+    nets = torch.nn.ModuleDict({"unet": model.model.diffusion_model})
+    keys = {"unet.": UNET}
+    if text:
+        nets["text"] = getattr(clip.cond_stage_model, clip.cond_stage_model.clip).transformer
+        keys["text."] = TEXT
+    names = {}
+    for name, module in nets.named_modules():
+        if isinstance(module, LAYERS):
+            part = next(p for p in keys if name.startswith(p))
+            names[name] = keys[part] + name[len(part) :]
+
+    def run() -> None:
+        for i, prompt in enumerate(prompts):
+            progress(i, len(prompts), "calibrating")
+            picture(model, clip, meta, prompt, seed + i)
+
+    return collect(nets, names, run, seed=seed)
+
+
+def picture(model, clip, meta: Metadata, prompt: str, seed: int) -> None:
+    """Sample one, the way the file recommends; what comes out is of no interest."""
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in (prompt, ""))
+    side = meta.architecture["unet"].get("sample_size") or 32
+    latent = torch.zeros(1, meta.latent["channels"], side, side)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    student = meta.guidance.get("baked")
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive} | ({} if student else {"negative": negative}))
+    guider.set_cfg(1.0 if student else meta.guidance["scale"])
+    sampler = FewStepSampler() if student else comfy.samplers.sampler_object("euler")
+    guider.sample(noise, latent, sampler, sigmas(meta, meta.steps), disable_pbar=True, seed=seed)
+
+
+def default_prompts(meta: Metadata, seed: int = 0) -> list[str]:
+    """Of the tutorial's world: 64 for one step, 16 for a teacher's many."""
+    count = 64 if meta.guidance.get("baked") else 16
+    return shapes.sample_prompts(count, torch.Generator().manual_seed(seed))
+
+
+def said(meta: Metadata, prompts: list[str]) -> str:
+    """What the report says about it."""
+    t = float(from_spec(meta.schedule).time(meta.t_in))
+    where = f"t = {meta.t_in:g}" if meta.steps == 1 else f"{meta.steps} steps from time {t:.3g}"
+    return f"calibrated on {len(prompts)} prompts at {where}, in ComfyUI"

@@ -1,0 +1,183 @@
+"""Quantizing a model from inside ComfyUI."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..distill import checkpoint
+from ..distill.checkpoint import CheckpointError
+from ..distill.metadata import read_header
+from .files import BUNDLED, DIFFUSION, TEXT, choices, fingerprint, locate, place
+
+FOLDERS = (*DIFFUSION, *TEXT)
+METHODS = ("auto", "rtn", "clip", "awq", "svd", "smoothquant")
+MADE: set[Path] = set()  # files this process made
+LOST: Counter[Path] = Counter()  # how often one of them went away again
+
+
+class OneStepQuantize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OneStepQuantize",
+            display_name="OneStep Quantize",
+            category="OneStep",
+            description="Makes a 4-bit file of a diffusion model or a text encoder, convolutions included: about a "
+            "quarter of the half-precision file's size. OneStep files are run on prompts to round them better; any "
+            "other file is quantized by its weights alone.",
+            search_aliases=["quantize", "4 bit", "int4", "compress model", "smaller model", "awq", "svdquant", "GGUF"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=choices(FOLDERS, (".safetensors", ".sft"), bundled=True),
+                    default=next(iter(BUNDLED)),
+                    tooltip="A dense model in models/diffusion_models, models/checkpoints or models/text_encoders, or "
+                    "one of the models that come with OneStep.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="Name of the new file in models/diffusion_models (models/text_encoders for text encoders). "
+                    "Empty: the old name with -4bit behind it.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="auto",
+                    tooltip="How numbers are rounded. auto: awq where the model can be run, else clip. rtn: to "
+                    "nearest. clip: with the best range of each group. awq: by what activations need. svd: with a "
+                    "low-rank branch in 16 bits. smoothquant: weights and activations in 8 bits.",
+                ),
+                io.Combo.Input(
+                    "bits",
+                    options=["4", "3", "2", "8"],
+                    default="4",
+                    tooltip="Bits of a weight. Codes of 3 and 2 bits lose more and are stored in 4.",
+                ),
+                io.Float.Input(
+                    "budget",
+                    default=0.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.1,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Mixed precision: bits a weight on average, everything counted. The most sensitive layers "
+                    "get 8 or 16 bits. 0: all layers alike.",
+                ),
+                io.Boolean.Input(
+                    "text_encoder",
+                    default=False,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Quantize the text encoder inside a checkpoint, too.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Prompts to calibrate a OneStep file on, one a line. Empty: prompts of the tutorial's "
+                    "shapes. Other files are not run.",
+                ),
+            ],
+            outputs=[
+                io.Combo.Output(
+                    "file",
+                    display_name="file",
+                    tooltip="The new file's name, for the file input of a OneStep loader.",
+                ),
+                io.String.Output("report", display_name="report", tooltip="Size, bits per weight and errors."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None, name=None, method=None, bits=None) -> bool | str:
+        try:
+            if file is not None:
+                read_header(locate(file, FOLDERS))
+            if file is not None and name is not None:
+                target(file, name)
+            if method is not None and method not in METHODS:
+                return f"method {method!r} is none of {', '.join(METHODS)}."
+        except CheckpointError as e:
+            return str(e)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, name="", **options):
+        """Quantized again when the old file changed, or the new one was deleted."""
+        out = None if file is None or name is None else target(file, name)
+        if out in MADE and not out.is_file():
+            MADE.remove(out)
+            LOST[out] += 1
+        return fingerprint(file, FOLDERS), name, sorted(options.items()), LOST[out]
+
+    @classmethod
+    def execute(cls, file, name, method, bits, budget=0.0, text_encoder=False, prompts="") -> io.NodeOutput:
+        from ..distill.quant.quantize import Quantize, quantize_file
+
+        source, out = locate(file, FOLDERS), target(file, name)
+        options = Quantize(method=method, bits=int(bits), budget=budget or None, text_encoder=text_encoder)
+        stats, said = statistics(source, options, prompts)
+        report = quantize_file(source, out, options, stats, progress())
+        MADE.add(out)
+        report.calibration = said
+        text = report.table()
+        relative = out.relative_to(place(folder_of(source))).as_posix()
+        return io.NodeOutput(relative, text, ui=ui.PreviewText(text))
+
+
+def statistics(source: Path, options, prompts: str):
+    """(what flows into the layers or None, what to say about it)."""
+    if options.method in ("rtn", "clip") and options.budget is None:
+        return None, f"method {options.method} takes no calibration"
+    if "onestep.version" not in read_header(source).get("__metadata__", {}):
+        return None, "data-free: only OneStep files say how they are run"
+    from .native import calibrate
+
+    meta = checkpoint.read_metadata(source)
+    given = [line.strip() for line in prompts.splitlines() if line.strip()] or calibrate.default_prompts(meta)
+    stats = calibrate.calibrate(source, meta, given, options.text_encoder, progress())
+    return stats, calibrate.said(meta, given)
+
+
+def progress():
+    """ComfyUI's bar, which starts again for each kind of work, and its Cancel button."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int, what: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, max(total, 1))
+
+    return report
+
+
+def folder_of(source: Path) -> str:
+    """Where the quantized file belongs: beside other text encoders, or among the diffusion models."""
+    text = any(source.is_relative_to(p) for p in folder_paths.get_folder_paths("text_encoders"))
+    return "text_encoders" if text else "diffusion_models"
+
+
+def target(file: str, name: str) -> Path:
+    """Where the new file goes. Raises CheckpointError where it must not go there."""
+    source = locate(file, FOLDERS)
+    root = Path(place(folder_of(source)))
+    name = name.strip() or f"{Path(file.removeprefix('bundled: ')).with_suffix('')}-4bit"
+    out = root / (name.removesuffix(".safetensors") + ".safetensors")
+    if not out.resolve().is_relative_to(root.resolve()):
+        raise CheckpointError(f"name {name!r} leads out of {root}. Give a name without '..'.")
+    if out.is_file():
+        if out.resolve() == source.resolve():
+            raise CheckpointError(f"{out}: that is the file to be quantized. Give another name.")
+        if "quantization" not in read_header(out).get("__metadata__", {}):
+            raise CheckpointError(f"{out}: there is a file of that name, and it is not a quantized one. Give another.")
+    return out
