@@ -1,20 +1,158 @@
-"""What computes on a quantized weight."""
+"""What computes on a quantized weight, and which way of computing is taken.
+
+    plain       dequantize the whole weight, then torch's own operation: what every other way is measured against
+    CPU float   unpack in blocks and multiply in fp32 (4-bit weights, full activations: W4A16)
+    CPU int8    round the activations to 8 bits as they come and multiply integers (W4A8, W8A8)
+    elsewhere   comfy-kitchen's kernel where it has one for the case, else plain in the activations' type
+
+`activations` says which: "float" never rounds them; "int8" does wherever an integer kernel exists; "auto" does where
+
+    - there are more rows than FEW (below, unpacking is all the time), and multiplications enough to pay (WORTH),
+    - this machine multiplies int8 faster than fp32 (`choose.integers_are_fast`, measured once a process),
+    - the weight's rows fit int8 (`unpack.coarseness`) and so does this very input (ROUNDING).
+
+Each of these depends on the layer, the machine and the input alone, so the same seed gives the same image whatever ran
+before. Ways that give the same numbers are chosen by time, and any way is refused, aloud, where it disagrees with
+plain: see choose.py. torch's own int4 multiplication (`_weight_int4pack_mm_for_cpu`) is not among them: with one row it
+is 7 times faster than fp32 and these ways 2 times slower, but it needs bf16 activations (error 3e-3, past the 1e-3 that
+LoRA is held to) and a second copy of the codes, and rows are few in 0.1 % of a U-Net's time.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weight import QuantizedWeight
+from . import choose, cpu, kitchen
+from .unpack import coarseness
+from .weight import QuantizedWeight, from_matrix
+
+FEW = 16
+"""rows"""
+WORTH = 1 << 20
+"""multiplications: below, calling torch takes longer than they do, and int8 needs more calls"""
+ROUNDING = 0.04
+"""largest relative error, root mean square, of the input rounded to 8 bits; Gaussian numbers have 0.01. 4-bit weights
+err by 0.1 a layer, and errors add as squares"""
+COARSE = 0.45
+"""largest `coarseness`: adds a tenth to the error of 4 bits"""
+LONGEST = (1 << 31) // 128**2
+"""columns that int32 sums hold for certain"""
 
 
 def linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str = "auto") -> Tensor:
     """x (..., K) -> (..., N)"""
-    return F.linear(x, w.dequantize(x.dtype), bias)
+    if _plain(x):
+        return F.linear(x, w.dequantize(x.dtype), bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu":
+        rows = rows.float()
+    if w.pre_quant_scale is not None:
+        rows = rows * w.pre_quant_scale.to(rows.dtype)
+    y = _rows(w, rows, None if bias is None else bias.to(rows.dtype), activations)
+    if w.up is not None:
+        y.addmm_(rows @ w.down.to(rows.dtype).t(), w.up.to(rows.dtype).t())
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def conv2d(
     w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int, activations="auto"
 ) -> Tensor:
-    """x (B, C, H, W) -> (B, N, H', W')"""
-    return F.conv2d(x, w.dequantize(x.dtype), bias, stride, padding, dilation, groups)
+    """x (B, C, H, W) or (C, H, W) -> (B, N, H', W'); channels-last on the CPU"""
+    if x.ndim == 3:
+        return conv2d(w, x[None], bias, stride, padding, dilation, groups, activations)[0]
+    if _plain(x) or groups != 1 or x.device.type != "cpu":
+        return F.conv2d(x, w.dequantize(x.dtype), bias, stride, padding, dilation, groups)
+    image = x.float()
+    if w.pre_quant_scale is not None:
+        image = image * w.pre_quant_scale.float().view(-1, 1, 1)
+    pads = pads_of(padding, w.shape[2:], dilation)
+    y = _pixels(w, image, None if bias is None else bias.float(), stride, pads, dilation, activations)
+    if w.up is not None:
+        image, equal = cpu.padded(image, pads)
+        y += F.conv2d(F.conv2d(image, w.down.float(), None, stride, equal, dilation), w.up.float()[..., None, None])
+    return y.to(x.dtype)
+
+
+def _plain(x: Tensor) -> bool:
+    """Nothing to compute, or a gradient to keep (the other ways write into buffers)."""
+    return x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad)
+
+
+def pads_of(padding, kernel, dilation) -> cpu.Pads:
+    """Conv2d's padding -> (left, right, top, bottom); "same" puts the odd pixel last, as torch does."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        (th, tw) = (d * (k - 1) for d, k in zip(dilation, kernel))
+        return (tw // 2, tw - tw // 2, th // 2, th - th // 2)
+    return (padding[1], padding[1], padding[0], padding[0])
+
+
+# --------------------------------------------------------------------------------------------------- the choices
+
+
+def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str) -> Tensor:
+    """x (M, K), already times pre_quant_scale -> (M, N)"""
+
+    def plain(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, w.matrix(x.dtype), bias)
+
+    def int8(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return cpu.int8_linear(w, x, cpu.row_steps(x), bias)
+
+    if x.device.type != "cpu":
+        ways = {"comfy-kitchen": kitchen.linear} if kitchen.applies(w, x) else {}
+        found = ways and choose.way("linear", ways, plain, w, x, 1, choose.HALF)
+        return (found or plain)(w, x, bias)
+    if integer_weight(w, len(x), activations) and choose.way("linear", {"int8": int8}, plain, w, x, 1, choose.INT8):
+        step = cpu.row_steps(x)
+        if activations == "int8" or rounding(step, x.shape[1], x) <= ROUNDING:
+            return cpu.int8_linear(w, x, step, bias)
+    found = choose.way("linear", {"float": cpu.float_linear}, plain, w, x, 1, choose.FLOAT)
+    return (found or plain)(w, x, bias)
+
+
+def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, dilation, activations: str) -> Tensor:
+    """x (B, C, H, W), already times pre_quant_scale -> (B, N, H', W'), on the CPU"""
+    geometry = (stride, pads, dilation)
+
+    def plain(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        x, padding = cpu.padded(x, pads)
+        return F.conv2d(x, from_matrix(w.matrix(), w.shape), bias, stride, padding, dilation)
+
+    def int8(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return cpu.int8_conv(w, x, *cpu.image_grids(x), bias, *geometry)
+
+    def direct(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return cpu.float_conv(w, x, bias, *geometry)
+
+    def patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return cpu.patches_conv(w, x, bias, *geometry)
+
+    pixels = len(x) * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
+    if integer_weight(w, pixels, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
+        low, step = cpu.image_grids(x)
+        if activations == "int8" or rounding(step, x[0].numel(), x) <= ROUNDING:
+            return cpu.int8_conv(w, x, low, step, bias, *geometry)
+    ways = {"direct": direct}
+    if pixels * w.in_features <= cpu.PATCHES:
+        ways["patches"] = patches
+    return (choose.way(geometry, ways, plain, w, x, 1, choose.FLOAT) or plain)(w, x, bias)
+
+
+def integer_weight(w: QuantizedWeight, rows: int, activations: str) -> bool:
+    """Whether integers are wanted for this layer, as far as that does not depend on the numbers it is given."""
+    if activations == "float" or w.codebook is not None or w.in_features > LONGEST:
+        return False
+    if activations == "int8":
+        return True
+    if rows <= FEW or rows * w.out_features * w.in_features < WORTH or not choose.integers_are_fast():
+        return False
+    return coarseness(w) <= COARSE
+
+
+def rounding(step: Tensor, count: int, x: Tensor) -> float:
+    """Relative L2 error of x when each `count` of its numbers are rounded to multiples of one of `step`."""
+    return (step.square().sum() * (count / 12)).sqrt_().div_(torch.linalg.vector_norm(x).clamp_(min=1e-30)).item()

@@ -3,7 +3,7 @@
 `QuantizedLayer` is a mixin in front of any nn.Linear or nn.Conv2d, ComfyUI's included: a layer that is marked in the
 state dict loads as quantized, any other as its class always did. The tensors are buffers with the names and shapes of
 the file contract, so `state_dict()` is what the file holds, `.to(device)` and deepcopy work, and what ComfyUI counts
-is the packed size. On the CPU only the memory order of the codes differs (`laid_out`). No dense copy outlives a call.
+is the packed size. No dense copy outlives a call.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class QuantizedLayer:
         for field, suffix in SUFFIXES.items():
             t = getattr(w, field)
             if t is not None:
-                self.register_buffer(suffix, laid_out(t) if field == "codes" else t)
+                self.register_buffer(suffix, t)
         self.register_buffer(MARK, w.to_tensors("")[f".{MARK}"])
         self._spec = {"shape": w.shape, "bits": w.bits, "int8_activations": w.int8_activations}
         self.branches = getattr(self, "branches", [])
 
     def get_quantized(self) -> QuantizedWeight:
-        """The layer's tensors as they are: on their device, `codes` in any memory order."""
+        """The layer's tensors as they are."""
         return QuantizedWeight(**{f: self._buffers.get(s) for f, s in SUFFIXES.items()}, **self._spec)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,7 +97,7 @@ class QuantizedLayer:
         for suffix, t in kept.items():
             moved = fn(t)
             moved = moved if moved.dtype == t.dtype else t.to(moved.device)
-            self._buffers[suffix] = laid_out(moved) if suffix == SUFFIXES["codes"] else moved
+            self._buffers[suffix] = moved
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -145,16 +145,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on a quantized weight."""
-
-
-def laid_out(codes: Tensor) -> Tensor:
-    """Codes in the memory order their device computes on; shape and values stay those of the file.
-
-    CPU: columns in one piece, (K/2, N) in memory, so that a group's scales run along the vector lanes.
-    """
-    if codes.device.type == "cpu":
-        return codes if codes.t().is_contiguous() else codes.t().contiguous().t()
-    return codes.contiguous()
 
 
 def install(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

@@ -1,0 +1,179 @@
+"""Linear and convolution on the CPU with eager torch: fp32 activations, or int8 ones through `torch._int_mm`.
+
+All take and give fp32; x is 2-D or channels-last inside. Nothing here applies pre_quant_scale or the low-rank branch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .unpack import dense, integer, scratch
+from .weight import QuantizedWeight, from_matrix
+
+WEIGHTS = 1 << 22
+"""fp32 weights unpacked for one multiplication: 16 MB"""
+PATCHES = 1 << 22
+"""numbers of a convolution's patches cut out for one multiplication"""
+OUTPUTS = 1 << 20
+"""int32 results of one multiplication: they stay in the cache until they are scaled"""
+
+Pads = tuple[int, int, int, int]  # left, right, top, bottom
+
+
+# ------------------------------------------------------------------------------------------------ fp32 activations
+
+
+def float_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) -> (M, N)"""
+    y = x.new_empty(len(x), w.out_features)
+    rows = max(1, min(w.out_features, WEIGHTS // w.in_features))
+    part = scratch("dense", (rows, w.in_features), torch.float32)
+    for i in range(0, w.out_features, rows):
+        j = min(w.out_features, i + rows)
+        torch.mm(x, dense(w, i, j, part[: j - i]).t(), out=y[:, i:j])
+    return y if bias is None else y.add_(bias)
+
+
+def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> Tensor:
+    """x (B, C, H, W) -> (B, N, H', W'), channels-last. torch's own convolution, some output channels at a time."""
+    x, padding = padded(x, pads)
+    n, rows = w.out_features, max(1, min(w.out_features, WEIGHTS // w.in_features))
+    part = scratch("dense", (rows, w.in_features), torch.float32)
+    if rows == n:
+        return F.conv2d(x, from_matrix(dense(w, 0, n, part), w.shape), bias, stride, padding, dilation)
+    x, y = x.contiguous(memory_format=torch.channels_last), None
+    for i in range(0, n, rows):
+        j = min(n, i + rows)
+        weight = from_matrix(dense(w, i, j, part[: j - i]), (j - i, *w.shape[1:]))
+        some = F.conv2d(x, weight, None if bias is None else bias[i:j], stride, padding, dilation)
+        if y is None:
+            y = x.new_empty(len(x), *some.shape[2:], n).permute(0, 3, 1, 2)
+        y[:, i:j] = some
+    return y
+
+
+def patches_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> Tensor:
+    """As float_conv, by cutting out patches: faster where there are few pixels and many weights."""
+    x = F.pad(x, pads).permute(0, 2, 3, 1).contiguous()
+    cut = windows(x, w.shape, stride, dilation)
+    y = float_linear(w, cut.reshape(-1, w.in_features), bias)
+    return y.view(*cut.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+def padded(x: Tensor, pads: Pads) -> tuple[Tensor, tuple[int, int]]:
+    """x and the padding that F.conv2d can do by itself."""
+    left, right, top, bottom = pads
+    return (x, (top, left)) if left == right and top == bottom else (F.pad(x, pads), (0, 0))
+
+
+def windows(x: Tensor, shape: tuple[int, ...], stride, dilation) -> Tensor:
+    """x (B, H, W, C), contiguous and padded -> a view (B, H', W', kh, kw, C): what each output pixel sees."""
+    (kh, kw), (sh, sw), (dh, dw) = shape[2:], stride, dilation
+    b, h, w, c = x.shape
+    size = ((h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1)
+    sb, sy, sx, sc = x.stride()
+    if dw == 1:  # a row of the window is one piece of memory
+        return x.as_strided((b, *size, kh, 1, kw * c), (sb, sy * sh, sx * sw, sy * dh, 0, sc))
+    return x.as_strided((b, *size, kh, kw, c), (sb, sy * sh, sx * sw, sy * dh, sx * dw, sc))
+
+
+# ------------------------------------------------------------------------------------------------ int8 activations
+
+
+def row_steps(x: Tensor) -> Tensor:
+    """(M, 1): the step that makes each row's largest number 127."""
+    return x.abs().amax(1, keepdim=True).div_(127).clamp_(min=1e-30)
+
+
+def image_grids(x: Tensor) -> tuple[Tensor, Tensor]:
+    """low and step, both (B,): 256 codes from each image's smallest number to its largest, 0 among them."""
+    low, high = zip(*(torch.aminmax(image) for image in x))
+    low, high = torch.stack(low).clamp_(max=0), torch.stack(high).clamp_(min=0)
+    return low, (high - low).div_(255).clamp_(min=1e-30)
+
+
+def int8_linear(w: QuantizedWeight, x: Tensor, step: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) rounded to multiples of step (M, 1), one for each row -> (M, N)"""
+    m, n = len(x), w.out_features
+    w8, w_step = integer(w)
+    x8 = round_into(scratch("x8", (m, w.in_features), torch.int8), x, 1 / step)
+    y = x.new_empty(m, n)
+    rows = max(128, OUTPUTS // n)
+    acc = scratch("acc", (min(m, rows), n), torch.int32)
+    for i in range(0, m, rows):
+        j = min(m, i + rows)
+        torch._int_mm(x8[i:j], w8.t(), out=acc[: j - i])
+        rescale(y[i:j].copy_(acc[: j - i]).mul_(step[i:j]), w_step, bias)
+    return y
+
+
+def int8_conv(
+    w: QuantizedWeight, x: Tensor, low: Tensor, step: Tensor, bias: Tensor | None, stride, pads: Pads, dilation
+) -> Tensor:
+    """x (B, C, H, W) rounded to low + step * (0..255), both (B,), one grid for each image -> (B, N, H', W').
+
+    With q = code - 128 and o = the code of 0, x = step (q - o): y = step w_step (w8 q - o sum(w8)) + bias.
+    """
+    w8, w_step = integer(w)
+    zero = (low / -step - 128).round_()  # (B,)
+    x8 = code_images(x.permute(0, 2, 3, 1), zero, step, pads)
+    cut = windows(x8, w.shape, stride, dilation)
+    b, h, wd = cut.shape[:3]
+    n = w.out_features
+    total = torch._int_mm(x8.new_ones(1, w.in_features), w8.t()).float()  # (1, N)
+    scale = step[:, None] * w_step  # (B, N)
+    offset = scale * total * -zero[:, None] + (0 if bias is None else bias)  # (B, N)
+    y = x.new_empty(b, h, wd, n)
+    for image, lines in pieces(b, h, wd * max(n, w.in_features * OUTPUTS // PATCHES)):
+        view = cut[image, lines]
+        if not view.is_contiguous():
+            view = scratch("patches", tuple(view.shape), torch.int8).copy_(view)
+        q = view.view(-1, w.in_features)
+        acc = torch._int_mm(q, w8.t(), out=scratch("acc", (len(q), n), torch.int32))
+        part = y[image, lines]
+        part.copy_(acc.view(part.shape))
+        torch.addcmul(offset[image, None, None], part, scale[image, None, None], out=part)
+    return y.permute(0, 3, 1, 2)
+
+
+def pieces(images: int, lines: int, cost: int):
+    """(slice of images, slice of lines): whole images, or lines of one, such that lines * cost is about OUTPUTS."""
+    lines_at_once = max(1, OUTPUTS // cost)
+    at_once = max(1, lines_at_once // lines)
+    for b in range(0, images, at_once):
+        step = lines if at_once > 1 or lines_at_once >= lines else lines_at_once
+        for i in range(0, lines, step):
+            yield slice(b, min(images, b + at_once)), slice(i, min(lines, i + step))
+
+
+def code_images(x: Tensor, zero: Tensor, step: Tensor, pads: Pads) -> Tensor:
+    """x (B, H, W, C) -> (B, H + pads, W + pads, C) int8: round(x / step) + zero, its border the code of 0. Scratch."""
+    left, right, top, bottom = pads
+    b, h, w, c = x.shape
+    out = scratch("x8", (b, h + top + bottom, w + left + right, c), torch.int8)
+    for i in range(b):
+        z = zero[i]
+        if any(pads):
+            out[i].fill_(int(z.nan_to_num(0, 0, 0)))
+        round_into(out[i, top : top + h, left : left + w], x[i], 1 / step[i], z)
+    return out
+
+
+def round_into(out: Tensor, x: Tensor, inverse: Tensor, zero: Tensor | None = None) -> Tensor:
+    """out (R, ...) int8 = round(x * inverse) + zero; inverse is one number, or one for each row."""
+    rows = max(1, (1 << 17) // max(1, x[0].numel()))
+    for i in range(0, len(x), rows):
+        part = x[i : i + rows]
+        wide = scratch("round", tuple(part.shape), torch.float32)
+        torch.mul(part, inverse if inverse.ndim == 0 else inverse[i : i + rows], out=wide)
+        wide.round_()
+        if zero is not None:
+            wide.add_(zero).clamp_(-128, 127)
+        out[i : i + rows].copy_(wide)
+    return out
+
+
+def rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
