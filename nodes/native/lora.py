@@ -39,13 +39,10 @@ class Branch:
         y[:, self.rows] += F.conv2d(small, self.up[:, :, None, None])
 
 
-def branches(patches: list[tuple], shape: tuple[int, ...], key: str) -> list[Branch] | None:
-    """ComfyUI's patches of one weight -> branches; None where one of them is anything else than a plain LoRA."""
+def branches(patches: list[tuple], shape: tuple[int, ...], key: str) -> list[Branch]:
+    """ComfyUI's patches of one weight, all of them low-rank -> branches."""
     found = []
-    for strength, patch, strength_model, offset, function in patches:
-        plain = type(patch) is LoRAAdapter and patch.weights[4] is None and patch.weights[5] is None
-        if not plain or strength_model != 1.0 or function is not None or (offset and offset[0] not in (0, 1)):
-            return None
+    for strength, patch, _, offset, _ in patches:
         rows, columns, target = slice(None), slice(None), list(shape)
         if offset is not None:
             dim, start, length = offset
@@ -59,6 +56,19 @@ def branches(patches: list[tuple], shape: tuple[int, ...], key: str) -> list[Bra
         if strength * alpha != 0:
             found.append(Branch(down.reshape(-1, *target[1:]), up * (strength * alpha), rows, columns))
     return stack(found)
+
+
+def are_low_rank(patches: list[tuple]) -> bool:
+    """Plain LoRA, all of them: no DoRA scale, no other shape, no function, none of the weight taken away."""
+    return all(
+        type(patch) is LoRAAdapter
+        and patch.weights[4] is None
+        and patch.weights[5] is None
+        and strength_model == 1.0
+        and function is None
+        and (offset is None or offset[0] in (0, 1))
+        for _, patch, strength_model, offset, function in patches
+    )
 
 
 def factors(patch: LoRAAdapter) -> tuple[Tensor, Tensor]:

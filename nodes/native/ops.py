@@ -15,11 +15,12 @@ import comfy.model_management as mm
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...distill.quant.layers import QuantizedLayer
 from ...distill.quant.weight import QuantizedWeight
-from .lora import Branch, branches
+from .lora import Branch, are_low_rank, branches
 from .packed import Packed, StockWeight
 
 MIXED = SimpleNamespace(quant_config={"mixed_ops": True})  # asks ComfyUI for its operations on quantized weights
@@ -130,10 +131,12 @@ class Quantized(QuantizedLayer):
         if self._hook_patches or patches:
             self._hook_patches, self._plan = tuple(patches), None
 
+    def is_low_rank(self, patches) -> bool:
+        """Whether the layer takes these patches without its dense weight."""
+        return are_low_rank(patches) and (not patches or getattr(self, "groups", 1) == 1)
+
     def _branches_of(self, patches) -> list[Branch] | None:
-        if isinstance(self, torch.nn.Conv2d) and self.groups != 1 and patches:
-            return None
-        return branches(patches, self.dense_shape, self._key)
+        return branches(patches, self.dense_shape, self._key) if self.is_low_rank(patches) else None
 
     def _branches(self, x: Tensor) -> list[Branch] | None:
         """All patches as branches on x's device and in its type; None where the dense weight is needed."""
@@ -162,6 +165,20 @@ class Quantized(QuantizedLayer):
             return weight.dense()
         stock = getattr(super(), "convert_weight", None)
         return weight if stock is None else stock(weight, inplace=inplace, **kwargs)
+
+    def set_weight(self, weight: Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """How ComfyUI puts a patched weight back. Its own refuses to do it in place, which hooks ask for."""
+        current = self._parameters["weight"]  # a quantized layer never comes here: see patcher.py
+        if isinstance(current, QuantizedTensor):
+            return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
+        weight = weight.to(current.dtype)
+        if return_weight:
+            return weight
+        if inplace_update:
+            current.data.copy_(weight)
+        else:
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return None
 
     # ------------------------------------------------------------------------------------------ computing
 

@@ -90,6 +90,18 @@ class Patcher(ModelPatcher):
             for key, layer in self.quantized():
                 layer.set_patches(key, [])
 
+    def _load_list(self, *args, **kwargs):
+        """What ComfyUI decides by, for each layer: (bytes to reserve where it is left behind, its bytes, name, ...).
+
+        For a patched weight ComfyUI reserves room for two dense ones; here what travels is packed, LoRA included.
+        """
+        found = super()._load_list(*args, **kwargs)
+        return [(self._travels(*entry), *entry[1:]) if len(entry) == 5 else entry for entry in found]
+
+    def _travels(self, reserve: int, size: int, name: str, m, params) -> int:
+        packed = isinstance(m, Quantized) and m.is_quantized
+        return size if packed and m.is_low_rank(self.patches.get(f"{name}.weight", [])) else reserve
+
     def pin_weight_to_device(self, key):
         if self.layer(key) is None:
             super().pin_weight_to_device(key)

@@ -1,0 +1,28 @@
+"""Quantized models in ComfyUI's own objects: each check of inside.py is a test here."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+from server import PACK, environment
+
+INSIDE = PACK / "tests/comfyui/inside.py"
+CHECKS = re.findall(r"^def (check_\w+)", INSIDE.read_text("utf-8"), re.M)
+
+
+@pytest.fixture(scope="module")
+def results(comfyui, tmp_path_factory):
+    folder: Path = tmp_path_factory.mktemp("inside")
+    tiny.write(folder / "student.safetensors")
+    command = [comfyui[1], str(INSIDE), str(folder / "results.json"), str(folder)]
+    done = subprocess.run(command, cwd=comfyui[0], env=environment(), capture_output=True, text=True, timeout=900)
+    assert (folder / "results.json").is_file(), (done.stdout + done.stderr)[-5000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_inside(results, check):
+    assert results[check] == "", results[check]
