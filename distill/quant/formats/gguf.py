@@ -173,4 +173,14 @@ def _entries(path: Path, data, info: Info, key: str, shape: tuple[int, ...], tol
             raw = raw.clone()
         return {key: raw.view(info.kind.dtype).view(shape)}
     groups = info.kind.decode(raw.view(-1, info.kind.nbytes))
-    return entries(key, shape, groups, told)
+    made = entries(key, shape, groups, told)
+    _forget(data, info)
+    return made
+
+
+def _forget(data: mmap.mmap, info: Info) -> None:
+    """The file's pages that were converted leave memory (where the system has a word for it)."""
+    first = -(-info.start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (info.start + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, first, length)

@@ -9,6 +9,7 @@ groups lie along channels, (out, kh, kw, in), so its weight is rounded again, to
 from __future__ import annotations
 
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..weight import QuantizedWeight, group_for, pack_nibbles, to_matrix
 from .ggml import Groups
 
 log = logging.getLogger(__name__)
+ROWS = 1 << 18
+"""numbers that are dense at a time while a layer is rounded again"""
 TABLE = re.compile(
     r"(^|[._])(embed|embeds|embeddings?|embed_tokens|tok_embeddings|token_embd|wte|wpe|shared|\w*_embedding|"
     r"relative_attention_bias|\w*norm\w*)\.weight$"
@@ -64,7 +67,7 @@ def entries(key: str, shape: tuple[int, ...], groups: Groups, told: Told) -> dic
             return in_rows(groups, shape, k // group).to_tensors(prefix)
         if fine := group_for(shape[1], 32):
             told.rounded.append(prefix)
-            return eight_bits(dense(groups, shape), fine).to_tensors(prefix)
+            return along_channels(groups, shape, fine).to_tensors(prefix)
     if not TABLE.search(key):
         told.dense.append(key)
     w = dense(groups, shape)
@@ -97,10 +100,18 @@ def dense(groups: Groups, shape: tuple[int, ...]) -> Tensor:
     return w.view(shape)
 
 
-def eight_bits(weight: Tensor, group: int) -> QuantizedWeight:
-    """Round to nearest, symmetric, groups along channels."""
-    matrix = to_matrix(weight.float())  # (N, K), OHWI
-    w = matrix.reshape(matrix.shape[0], -1, group)
-    scale = (w.abs().amax(-1) / 127).clamp(min=1e-12)  # (N, K/G)
-    codes = (w / scale.unsqueeze(-1)).round().to(torch.int8).view_as(matrix)
-    return QuantizedWeight(codes, scale.t().contiguous(), None, tuple(weight.shape), bits=8)
+def along_channels(groups: Groups, shape: tuple[int, ...], group: int) -> QuantizedWeight:
+    """Rounded again to 8 bits, symmetric, groups along channels; some rows at a time, to need little memory."""
+    n, k = shape[0], math.prod(shape[1:])
+    flat = [None if t is None else t.reshape(n, -1) for t in groups[:3]]
+    codes, scale = torch.empty(n, k, dtype=torch.int8), torch.empty(k // group, n)
+    step = max(1, ROWS // k)
+    for at in range(0, n, step):
+        rows = slice(at, min(at + step, n))
+        some = Groups(*(None if t is None else t[rows] for t in flat), *groups[3:])
+        w = to_matrix(dense(some, (rows.stop - at, *shape[1:])))  # (rows, K), OHWI
+        w = w.reshape(len(w), -1, group)
+        s = (w.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+        codes[rows] = (w / s).round_().view(len(w), k)
+        scale[:, rows] = s.squeeze(-1).t()
+    return QuantizedWeight(codes, scale, None, shape, bits=8)

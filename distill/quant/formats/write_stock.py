@@ -26,7 +26,7 @@ from ...persist import write_beside
 from ..weight import MARK
 from .writing import Progress, Written, as_stored, candidates, is_matrix, relative
 
-FORMATS = ("int8_tensorwise", "convrot_w4a4", "convrot_w4a4:int8", "asym_w4a8_int8", "nvfp4")
+FORMATS = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "nvfp4")
 ROTATIONS = (256, 64, 16)
 """columns that ConvRot mixes: powers of 4, the largest that divides K"""
 
@@ -81,7 +81,7 @@ def unfit(format: str, shape: tuple[int, ...]) -> str:
     if len(shape) != 2:
         return "a convolution"
     n, k = shape
-    step = 64 if format.startswith("convrot") else 16
+    step = 64 if format == "convrot_w4a4" else 16
     if k % step:
         return f"{k} columns are no multiple of {step}"
     return f"{n} rows are no multiple of 16" if n % 16 else ""
@@ -93,14 +93,13 @@ def encoder(format: str):
         from comfy_kitchen import tensor as kitchen
     except ImportError:
         raise ImportError(f"format {format} needs comfy-kitchen: pip install comfy-kitchen") from None
-    name, _, variant = format.partition(":")
     names = {
         "int8_tensorwise": "TensorWiseINT8Layout",
         "convrot_w4a4": "TensorCoreConvRotW4A4Layout",
         "asym_w4a8_int8": "AsymW4A8Int8Layout",
         "nvfp4": "TensorCoreNVFP4Layout",
     }
-    layout = getattr(kitchen, names[name], None)
+    layout = getattr(kitchen, names[format], None)
     if layout is None:
         raise ImportError(f"format {format} needs a newer comfy-kitchen: pip install -U 'comfy-kitchen>=0.2.40'")
 
@@ -111,11 +110,9 @@ def encoder(format: str):
             "convrot_w4a4": ({"convrot_groupsize": rotation}, {"convrot_groupsize": rotation}),
             "asym_w4a8_int8": ({"convrot_groupsize": rotation}, {"group_size": 16, "convrot_groupsize": rotation}),
             "nvfp4": ({}, {}),
-        }[name]
-        if variant:
-            spec = spec | {"linear_dtype": variant}
+        }[format]
         codes, params = layout.quantize(w, **options)
         back = layout.dequantize(codes, params)
-        return layout.state_dict_tensors(codes, params), {"format": name} | spec, back
+        return layout.state_dict_tensors(codes, params), {"format": format} | spec, back
 
     return encode

@@ -48,8 +48,8 @@ def write(
 ) -> Written:
     """Quantize `weights` (dense, or of the contract, which is dequantized first) and write them to `path`.
 
-    format: int8_tensorwise, convrot_w4a4, convrot_w4a4:int8 (the same weights, multiplied with 8-bit activations),
-    asym_w4a8_int8, nvfp4; gguf (Q4_0) or gguf:Q4_1, :Q5_0, :Q5_1, :Q8_0, :F16, :BF16.
+    format: int8_tensorwise, convrot_w4a4, asym_w4a8_int8, nvfp4; gguf (Q4_0) or gguf:Q4_1, :Q5_0, :Q5_1, :Q8_0, :F16,
+    :BF16.
     only: layers (keys without `.weight`) to quantize; default: all in repeated blocks.
     Raises CheckpointError naming the file and the cure, ImportError where the package that knows the format is missing.
     """
