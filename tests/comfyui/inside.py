@@ -1,4 +1,4 @@
-"""Checks that need ComfyUI's own objects in hand. ComfyUI's interpreter runs this file; test_4bit_inside.py asks for it.
+"""Checks that need ComfyUI's own objects in hand: ComfyUI's interpreter runs this file for test_4bit_inside.py.
 
 `inside.py OUT FOLDER [PART]`: runs every function called check_* (with PART in its name) on the tiny student in FOLDER
 and writes {name: "" or the traceback} to OUT.
