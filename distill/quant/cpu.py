@@ -84,12 +84,14 @@ def windows(x: Tensor, shape: tuple[int, ...], stride, dilation) -> Tensor:
 
 def row_steps(x: Tensor) -> Tensor:
     """(M, 1): the step that makes each row's largest number 127."""
-    return x.abs().amax(1, keepdim=True).div_(127).clamp_(min=1e-30)
+    top = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())
+    return top.div_(127).clamp_(min=1e-30)
 
 
 def image_grids(x: Tensor) -> tuple[Tensor, Tensor]:
     """low and step, both (B,): 256 codes from each image's smallest number to its largest, 0 among them."""
-    low, high = zip(*(torch.aminmax(image) for image in x))
+    in_memory = x if x.is_contiguous() else x.permute(0, 2, 3, 1)  # torch copies what is not contiguous
+    low, high = zip(*(torch.aminmax(image) for image in in_memory))
     low, high = torch.stack(low).clamp_(max=0), torch.stack(high).clamp_(min=0)
     return low, (high - low).div_(255).clamp_(min=1e-30)
 
@@ -104,7 +106,7 @@ def int8_linear(w: QuantizedWeight, x: Tensor, step: Tensor, bias: Tensor | None
     acc = scratch("acc", (min(m, rows), n), torch.int32)
     for i in range(0, m, rows):
         j = min(m, i + rows)
-        torch._int_mm(x8[i:j], w8.t(), out=acc[: j - i])
+        torch._int_mm(x8[i:j], w8, out=acc[: j - i])
         rescale(y[i:j].copy_(acc[: j - i]).mul_(step[i:j]), w_step, bias)
     return y
 
@@ -118,11 +120,11 @@ def int8_conv(
     """
     w8, w_step = integer(w)
     zero = (low / -step - 128).round_()  # (B,)
-    x8 = code_images(x.permute(0, 2, 3, 1), zero, step, pads)
+    x8 = code_images(x, zero, step, pads)
     cut = windows(x8, w.shape, stride, dilation)
     b, h, wd = cut.shape[:3]
     n = w.out_features
-    total = torch._int_mm(x8.new_ones(1, w.in_features), w8.t()).float()  # (1, N)
+    total = torch._int_mm(x8.new_ones(1, w.in_features), w8).float()  # (1, N)
     scale = step[:, None] * w_step  # (B, N)
     offset = scale * total * -zero[:, None] + (0 if bias is None else bias)  # (B, N)
     y = x.new_empty(b, h, wd, n)
@@ -131,7 +133,7 @@ def int8_conv(
         if not view.is_contiguous():
             view = scratch("patches", tuple(view.shape), torch.int8).copy_(view)
         q = view.view(-1, w.in_features)
-        acc = torch._int_mm(q, w8.t(), out=scratch("acc", (len(q), n), torch.int32))
+        acc = torch._int_mm(q, w8, out=scratch("acc", (len(q), n), torch.int32))
         part = y[image, lines]
         part.copy_(acc.view(part.shape))
         torch.addcmul(offset[image, None, None], part, scale[image, None, None], out=part)
@@ -149,15 +151,18 @@ def pieces(images: int, lines: int, cost: int):
 
 
 def code_images(x: Tensor, zero: Tensor, step: Tensor, pads: Pads) -> Tensor:
-    """x (B, H, W, C) -> (B, H + pads, W + pads, C) int8: round(x / step) + zero, its border the code of 0. Scratch."""
+    """x (B, C, H, W) -> (B, H + pads, W + pads, C) int8: round(x / step) + zero, its border the code of 0. Scratch."""
     left, right, top, bottom = pads
-    b, h, w, c = x.shape
+    b, c, h, w = x.shape
     out = scratch("x8", (b, h + top + bottom, w + left + right, c), torch.int8)
     for i in range(b):
         z = zero[i]
         if any(pads):
             out[i].fill_(int(z.nan_to_num(0, 0, 0)))
-        round_into(out[i, top : top + h, left : left + w], x[i], 1 / step[i], z)
+        image = x[i].permute(1, 2, 0)  # (H, W, C)
+        if x[i].is_contiguous() and c > 1:  # torch transposes matrices 4 times faster than it permutes
+            image = scratch("image", (h * w, c), torch.float32).copy_(x[i].view(c, -1).t()).view(h, w, c)
+        round_into(out[i, top : top + h, left : left + w], image, 1 / step[i], z)
     return out
 
 

@@ -9,7 +9,8 @@
 
     - there are more rows than FEW (below, unpacking is all the time), and multiplications enough to pay (WORTH),
     - this machine multiplies int8 faster than fp32 (`choose.integers_are_fast`, measured once a process),
-    - the weight's rows fit int8 (`unpack.coarseness`) and so does this very input (ROUNDING).
+    - the weight's rows fit int8 (`unpack.coarseness`),
+    - this very input does: else the output is computed again in fp32 (`rounding`).
 
 Each of these depends on the layer, the machine and the input alone, so the same seed gives the same image whatever ran
 before. Ways that give the same numbers are chosen by time, and any way is refused, aloud, where it disagrees with
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import choose, cpu, kitchen
-from .unpack import coarseness
+from .unpack import coarseness, norm
 from .weight import QuantizedWeight, from_matrix
 
 FEW = 16
@@ -33,8 +34,8 @@ FEW = 16
 WORTH = 1 << 20
 """multiplications: below, calling torch takes longer than they do, and int8 needs more calls"""
 ROUNDING = 0.04
-"""largest relative error, root mean square, of the input rounded to 8 bits; Gaussian numbers have 0.01. 4-bit weights
-err by 0.1 a layer, and errors add as squares"""
+"""largest relative error of an output from its input's rounding; Gaussian inputs have 0.01. 4-bit weights err by 0.1 a
+layer, and errors add as squares"""
 COARSE = 0.45
 """largest `coarseness`: adds a tenth to the error of 4 bits"""
 LONGEST = (1 << 31) // 128**2
@@ -108,8 +109,9 @@ def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str) 
         return (found or plain)(w, x, bias)
     if integer_weight(w, len(x), activations) and choose.way("linear", {"int8": int8}, plain, w, x, 1, choose.INT8):
         step = cpu.row_steps(x)
-        if activations == "int8" or rounding(step, x.shape[1], x) <= ROUNDING:
-            return cpu.int8_linear(w, x, step, bias)
+        y = cpu.int8_linear(w, x, step, bias)
+        if activations == "int8" or rounding(w, step.square_().sum(), y) <= ROUNDING:
+            return y
     found = choose.way("linear", {"float": cpu.float_linear}, plain, w, x, 1, choose.FLOAT)
     return (found or plain)(w, x, bias)
 
@@ -134,8 +136,9 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
     pixels = len(x) * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
     if integer_weight(w, pixels, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
         low, step = cpu.image_grids(x)
-        if activations == "int8" or rounding(step, x[0].numel(), x) <= ROUNDING:
-            return cpu.int8_conv(w, x, low, step, bias, *geometry)
+        y = cpu.int8_conv(w, x, low, step, bias, *geometry)
+        if activations == "int8" or rounding(w, step.square_().sum() * (y[0, 0].numel()), y) <= ROUNDING:
+            return y
     ways = {"direct": direct}
     if pixels * w.in_features <= cpu.PATCHES:
         ways["patches"] = patches
@@ -153,6 +156,11 @@ def integer_weight(w: QuantizedWeight, rows: int, activations: str) -> bool:
     return coarseness(w) <= COARSE
 
 
-def rounding(step: Tensor, count: int, x: Tensor) -> float:
-    """Relative L2 error of x when each `count` of its numbers are rounded to multiples of one of `step`."""
-    return (step.square().sum() * (count / 12)).sqrt_().div_(torch.linalg.vector_norm(x).clamp_(min=1e-30)).item()
+def rounding(w: QuantizedWeight, squares: Tensor, y: Tensor) -> float:
+    """Relative L2 error to expect of y from rounding its input; squares: of the steps of y's rows, summed up.
+
+    Rounding to multiples of a step adds noise of variance step^2 / 12 to each input, |w_n|^2 times that to output n.
+    """
+    noise = (squares / 12).sqrt_() * norm(w)
+    in_memory = y if y.is_contiguous() else y.permute(0, 2, 3, 1)
+    return (noise / torch.linalg.vector_norm(in_memory).clamp_(min=1e-30)).item()

@@ -151,7 +151,7 @@ def install(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = ""
     """Replace the layers of `model` (real or on the meta device) that state_dict marks by quantized ones, loaded.
 
     Returns the other entries under `prefix`, without it: `model.load_state_dict(rest, strict=False, assign=True)`.
-    Raises QuantError naming a layer that the model lacks, or that is neither Linear nor Conv2d.
+    Raises QuantError naming a layer that the model lacks, that is neither Linear nor Conv2d, or of another shape.
     """
     own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     modules = dict(model.named_modules())
@@ -159,7 +159,11 @@ def install(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = ""
     for name in layers(own):
         new = _like(name, modules.get(name))
         entries = {k: own[k] for s in (*SUFFIXES.values(), "weight_zeros", MARK, "bias") if (k := f"{name}.{s}") in own}
-        new.load_state_dict({k[len(name) + 1 :]: v for k, v in entries.items()}, assign=True)
+        try:
+            new.load_state_dict({k[len(name) + 1 :]: v for k, v in entries.items()}, assign=True)
+        except RuntimeError as e:  # torch's list of what layers said
+            problem = str(e).splitlines()[-1].strip().replace(f"layer {type(new).__name__}", f"layer {name}")
+            raise QuantError(problem) from None
         used |= entries.keys()
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, new)
