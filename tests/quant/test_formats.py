@@ -113,6 +113,19 @@ def test_gguf_shapes_that_were_folded(tmp_path, caplog):
     assert "1 convolutions rounded again" in caplog.text and "odd.weight" in caplog.text
 
 
+def test_sdxls_projections_are_linear(tmp_path):
+    """stable-diffusion.cpp stores them as 1x1 convolutions, which they are in SD1.5 only."""
+    Q = gguf.GGMLQuantizationType
+    w = torch.randn(32, 64, 1, 1, generator=torch.Generator().manual_seed(6))
+    raw, name = gguf.quantize(w.flatten(1).numpy(), Q.Q8_0), "input_blocks.4.1.proj_in"
+    for label, shape in ((False, (32, 64, 1, 1)), (True, (32, 64))):
+        tensors = {f"{name}.weight": (raw, Q.Q8_0)}
+        if label:
+            tensors["label_emb.0.0.weight"] = (np.ones((4, 4), np.float32), Q.F32)
+        weights = read(write_gguf(tmp_path / "m", tensors, "sdxl", {f"{name}.weight": w.shape})).weights
+        assert QuantizedWeight.from_tensors(weights, name).shape == shape
+
+
 def test_t5_in_llama_cpps_names(tmp_path):
     Q = gguf.GGMLQuantizationType
     w = torch.randn(32, 64, generator=torch.Generator().manual_seed(3)).numpy()

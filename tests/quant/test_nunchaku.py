@@ -234,10 +234,33 @@ def test_sdxl_and_qwen_come_apart_into_q_k_and_v(tmp_path):
     assert close(run(w, "transformer_blocks.0.attn.add_v_proj", x), qkv(x)[:, 256:])
 
 
+def test_z_image(tmp_path):
+    x, wide, name = inputs(128), inputs(256), "layers.0"
+    qkv, out, up, down = Original(384, 128, 60), Original(128, 128, 61), Original(512, 128, 62), Original(128, 256, 63)
+    up.bias = torch.zeros(512).bfloat16()
+    tensors = {"cap_embedder.1.weight": torch.ones(2, 2), "all_final_layer.2-1.linear.weight": torch.ones(3, 3)}
+    for part, layer in (("to_qkv", qkv), ("to_out.0", out)):
+        tensors |= layer.tensors(f"{name}.attention.{part}", 2)
+    for part, layer in (("0.proj", up), ("2", down)):
+        tensors |= layer.tensors(f"{name}.feed_forward.net.{part}", 2)
+    tensors |= {f"noise_refiner.0.attention.to_{c}.weight": torch.full((2, 2), float(i)) for i, c in enumerate("qkv")}
+    tensors["noise_refiner.0.feed_forward.net.0.proj.weight"] = torch.arange(8.0).view(4, 2)
+    save_file(tensors, tmp_path / "m")
+    w = read(tmp_path / "m").weights
+    assert close(run(w, f"{name}.attention.qkv", x), qkv(x)) and close(run(w, f"{name}.attention.out", x), out(x))
+    assert close(run(w, f"{name}.feed_forward.w2", wide), down(wide))  # after a SwiGLU: no shift
+    assert f"{name}.feed_forward.w1.bias" not in w
+    zeros = {f"{name}.feed_forward.{p}.bias": torch.zeros(256) for p in ("w1", "w3")}
+    assert close(torch.cat([run(w | zeros, f"{name}.feed_forward.{p}", x) for p in ("w3", "w1")], 1), up(x))
+    assert w["noise_refiner.0.attention.qkv.weight"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert w["noise_refiner.0.feed_forward.w1.weight"].flatten().tolist() == [4, 5, 6, 7]
+    assert "final_layer.linear.weight" in w and not any("net." in k or "to_" in k for k in w)
+
+
 def test_what_is_not_covered_says_so(tmp_path):
     layer = Original(128, 128, 50).tensors("layers.0.attention.to_out.0", 2)
     save_file(layer, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="another model than Flux.1, Qwen-Image or SDXL"):
+    with pytest.raises(CheckpointError, match="another model than Flux.1, Qwen-Image, Z-Image or SDXL"):
         read(tmp_path / "other")
     name = "single_transformer_blocks.0.mlp_fc1"
     layer = Original(128, 128, 50).tensors(name)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from distill.metadata import CheckpointError
 from distill.quant.formats import read, write
@@ -133,6 +134,27 @@ def test_a_layer_of_ours_is_dequantized_first(tmp_path):
     back = stock_weight(tmp_path / "m", "middle_block.1.transformer_blocks.0.ours", (64, 128))
     assert (back - w.dequantize()).norm() < 0.01 * w.dequantize().norm()
     assert not any("weight_zero" in k or "ours.weight_scale_" in k for k in read(tmp_path / "m").weights)
+
+
+def test_the_contract_is_kitchens_awq_layout(tmp_path):
+    """A 4-bit layer of ours means the same to comfy-kitchen's eager kernel, and one under its names the same to us."""
+    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="needs comfy-kitchen: pip install comfy-kitchen")
+    g = torch.Generator().manual_seed(3)
+    codes = torch.randint(-128, 128, (16, 64), generator=g).to(torch.int8)
+    w = QuantizedWeight(codes, torch.rand(2, 16, generator=g), torch.randn(2, 16, generator=g), (16, 128))
+    layout = kitchen.TensorCoreAWQW4A16Layout
+    common = {"group_size": 64, "orig_dtype": torch.float32, "orig_shape": w.shape}
+    params = layout.Params(scale=w.scale, zeros=w.zero, **common)
+    assert torch.allclose(layout.dequantize(codes, params).float(), w.dequantize(), rtol=0, atol=1e-6)
+    x = torch.randn(3, 128, generator=g)
+    y = torch.nn.functional.linear(x, kitchen.QuantizedTensor(codes, "TensorCoreAWQW4A16Layout", params))
+    assert (y - x @ w.dequantize().t()).norm() < 1e-5 * y.norm()
+    theirs = {f"y.weight{s}": t for s, t in layout.state_dict_tensors(codes, params).items()}
+    theirs["y.comfy_quant"] = torch.tensor(list(b'{"format": "awq_w4a16", "group_size": 64}'), dtype=torch.uint8)
+    save_file(theirs, tmp_path / "m")
+    loaded = read(tmp_path / "m")
+    assert loaded.kind == "onestep"
+    assert torch.equal(QuantizedWeight.from_tensors(loaded.weights, "y").dequantize(), w.dequantize())
 
 
 def test_unknown_formats_and_models(tmp_path):

@@ -149,10 +149,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants to be able to write
     metadata, infos = header(path, data)
     names = gguf_names.rename(metadata.get("general.architecture"), [i.name for i in infos], path)
+    linear = any(i.name.endswith("label_emb.0.0.weight") for i in infos)  # SDXL: stable-diffusion.cpp says (n, n, 1, 1)
     weights: dict[str, Tensor] = {}
     told = Told()
     for i in infos:
-        weights |= _entries(path, data, i, names[i.name], _shape(path, i, metadata), told)
+        shape = _shape(path, i, metadata)
+        if linear and i.name.endswith((".proj_in.weight", ".proj_out.weight")) and shape[2:] == (1, 1):
+            shape = shape[:2]
+        weights |= _entries(path, data, i, names[i.name], shape, told)
     told.say(path, "GGUF's")
     strings = {k: v if isinstance(v, str) else str(v) for k, v in metadata.items() if v is not None}
     return weights, strings

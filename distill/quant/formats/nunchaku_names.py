@@ -1,4 +1,4 @@
-"""Whole nunchaku files -> the names ComfyUI's own models have: Flux.1 (both of nunchaku's versions), Qwen-Image, SDXL.
+"""Whole nunchaku files -> ComfyUI's own names: Flux.1 (both of nunchaku's versions), Qwen-Image, Z-Image, SDXL.
 
 Flux: ComfyUI computes a single block's q, k, v and MLP as one layer, and its two outputs as another; nunchaku keeps all
 four apart. They are joined here (codes side by side, low-rank branches as blocks), which changes no number.
@@ -77,7 +77,7 @@ def convert(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             dense[key] = value
     unpacked = {n: layer(path, n, p, family != "sdxl" and bool(AFTER_GELU.search(n))) for n, p in packed.items()}
     try:
-        return {"flux": _flux, "qwen": _qwen, "sdxl": _sdxl}[family](path, unpacked, dense)
+        return {"flux": _flux, "qwen": _qwen, "sdxl": _sdxl, "z-image": _z_image}[family](path, unpacked, dense)
     except KeyError as e:
         raise CheckpointError(f"{path}: no place in {family} for nunchaku's {e}. Get another version of it.") from None
 
@@ -88,9 +88,11 @@ def _family(path: Path, weights: Mapping[str, Tensor]) -> str:
             return family
     if any(k.startswith("transformer_blocks.0.img_mod.1.") for k in weights):
         return "qwen"
+    if any(k.startswith("layers.0.attention.to_") for k in weights) and "cap_embedder.1.weight" in weights:
+        return "z-image"
     raise CheckpointError(
-        f"{path}: a nunchaku file of another model than Flux.1, Qwen-Image or SDXL. Load it with ComfyUI-nunchaku, "
-        "or quantize the original with OneStep."
+        f"{path}: a nunchaku file of another model than Flux.1, Qwen-Image, Z-Image or SDXL. "
+        "Load it with ComfyUI-nunchaku, or quantize the original with OneStep."
     )
 
 
@@ -160,3 +162,47 @@ def _qwen(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> d
 def _sdxl(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """As Qwen-Image's, and from diffusers' names to those of the single file (without its prefix)."""
     return unet_to_ldm(_qwen(path, unpacked, dense), SDXL)
+
+
+Z_IMAGE = (
+    ("all_final_layer.2-1.", "final_layer."),
+    ("all_x_embedder.2-1.", "x_embedder."),
+    (".attention.to_qkv.", ".attention.qkv."),
+    (".attention.to_out.0.", ".attention.out."),
+    (".attention.norm_q.", ".attention.q_norm."),
+    (".attention.norm_k.", ".attention.k_norm."),
+    (".feed_forward.net.2.", ".feed_forward.w2."),
+)
+"""diffusers -> ComfyUI"""
+
+
+def _z_image(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    """nunchaku joins the gated MLP's w3 and w1, in this order; where it left blocks dense, their q, k, v are apart."""
+
+    def renamed(key: str) -> str:
+        for theirs, ours in Z_IMAGE:
+            key = key.replace(theirs, ours)
+        return key
+
+    out, gated, attention = {}, ".feed_forward.net.0.proj", re.compile(r"(.+\.attention\.)to_[qkv]\.(\w+)")
+    for name, value in unpacked.items():
+        if value.bias is not None and not value.bias.any():  # the model has none there
+            value = Layer(value.weight, None)
+        if name.endswith(gated):
+            stem = name.removesuffix("net.0.proj")
+            for part, piece in zip(("w3", "w1"), split_rows(value, 2)):
+                out |= piece.entries(stem + part)
+        else:
+            out |= value.entries(renamed(f"{name}.").removesuffix("."))
+    for key, value in dense.items():
+        if match := attention.fullmatch(key):
+            start, last = match.groups()
+            if f"{start}qkv.{last}" not in out:
+                out[f"{start}qkv.{last}"] = torch.cat([dense[f"{start}to_{c}.{last}"] for c in "qkv"])
+        elif gated in key:
+            stem, last = key.replace("net.0.proj.", "\0").split("\0")
+            for part, piece in zip(("w3", "w1"), value.chunk(2)):
+                out[f"{stem}{part}.{last}"] = piece.contiguous()
+        else:
+            out[renamed(key)] = value
+    return out
