@@ -179,9 +179,29 @@ def test_stock_formats_pass_untouched(tmp_path):
     loaded = read(tmp_path / "m")
     assert loaded.kind == "comfy_quant" and loaded.weights.keys() == tensors.keys()
     assert all(torch.equal(loaded.weights[k], v) for k, v in tensors.items())
-    old = {"model.diffusion_model.scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "w": torch.zeros(1)}
-    save_file(old, tmp_path / "old")
-    assert read(tmp_path / "old").kind == "scaled_fp8"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_of_2025_gets_todays_names(tmp_path, dtype):
+    prefix, fp8 = "model.diffusion_model.", torch.ones(4, 4).to(dtype)
+    tensors = {
+        f"{prefix}scaled_fp8": torch.zeros(2).to(dtype),
+        f"{prefix}y.weight": fp8,
+        f"{prefix}y.scale_weight": torch.tensor(2.0),
+        f"{prefix}y.scale_input": torch.tensor(3.0),
+        f"{prefix}z.weight": fp8.clone(),
+        f"{prefix}z.scale_weight": torch.tensor(4.0),
+        f"{prefix}z.scale_input": torch.tensor(1.0),
+        "elsewhere.scale_weight": torch.tensor(5.0),
+    }
+    save_file(tensors, tmp_path / "m")
+    loaded = read(tmp_path / "m")
+    assert loaded.kind == "scaled_fp8"
+    expected = {f"{prefix}{layer}.{k}" for layer in "yz" for k in ("weight", "weight_scale", "comfy_quant")}
+    assert loaded.weights.keys() == expected | {f"{prefix}y.input_scale", "elsewhere.scale_weight"}
+    spec = json.loads(loaded.weights[f"{prefix}y.comfy_quant"].numpy().tobytes())
+    assert spec == {"format": str(dtype).removeprefix("torch."), "full_precision_matrix_mult": True}
+    assert loaded.weights[f"{prefix}z.weight_scale"] == 4
 
 
 def test_marks_may_stand_in_the_metadata(tmp_path):

@@ -165,6 +165,10 @@ def test_unknown_formats_and_models(tmp_path):
         write(tmp_path / "m", {"x.weight": torch.ones(3, 3)}, {}, "nvfp4")
     with pytest.raises(CheckpointError, match="no name for this model"):
         write(tmp_path / "m", {"x.weight": torch.ones(3, 3)}, {}, "gguf")
+    flux = {"single_transformer_blocks.0.attn.to_q.weight": torch.ones(64, 64)}
+    for format in ("int8_tensorwise", "gguf"):
+        with pytest.raises(CheckpointError, match="diffusers' names"):
+            write(tmp_path / "m", flux, {}, format)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,6 +21,10 @@ from .layer import is_layer
 
 BLOCK = re.compile(r"(^|\.)\w*(blocks?|layers?)\.\d+\.")
 """inside a repeated block: the first and last layers of a model, and its embeddings of time and text, are outside"""
+DIFFUSERS = re.compile(
+    r"(.*\.)?(single_transformer_blocks\.\d+\.|transformer_blocks\.\d+\.attn\.add_q_proj|\w+\.\d+\.attention\.to_q\.)"
+)
+"""transformers whose q, k, v ComfyUI joins when it loads diffusers' names"""
 ENDS = re.compile(r"(^|\.)(input_blocks\.0\.0|label_emb\.\d|time_embed)\b")
 
 
@@ -110,6 +114,11 @@ class Renamed(Mapping):
 def in_ldm_names(path: Path, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A U-Net in diffusers' names under those of the single file: stock loaders rename no quantized layers."""
     blocks = re.compile(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
+    if any(DIFFUSERS.match(k) for k in weights) and not any("transformer_blocks.0.img_mod.1." in k for k in weights):
+        raise CheckpointError(
+            f"{path}: the weights are in diffusers' names, whose q, k and v stock loaders join, which packed weights "
+            "forbid. Take the model's single file, or format onestep."
+        )
     found = [match.groups() for key in weights if (match := blocks.match(key))]
     if not found:
         return weights
