@@ -207,7 +207,7 @@ def build(path: str | Path, device: str | torch.device = "cpu") -> Modules:
         try:
             rest = install(module, weights)
         except QuantError as e:
-            raise CheckpointError(f"{path}: the {what}'s {e}") from None
+            raise CheckpointError(f"{path}: wrong architecture: the {what}'s {e}") from None
         own = tuple(f"{name}." for name in packed)
         check_fit(path, what, {k: v for k, v in module.state_dict().items() if not k.startswith(own)}, rest)
         module.load_state_dict(rest, strict=False, assign=True)
@@ -249,7 +249,10 @@ def build_tokenizer(meta: Metadata):
 
 
 def bundled(name: str) -> Path:
-    """Path of a bundled file: student, teacher or judge. Raises CheckpointError where this copy lacks it."""
+    """Path of a bundled file: student, teacher, weak (the teacher's early checkpoint) or judge.
+
+    Raises CheckpointError where this copy lacks it.
+    """
     path = ASSETS / f"{name}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{path}: this copy of OneStep lacks it. Get it from the repository, or train your own.")

@@ -131,6 +131,8 @@ def quantize(o: QuantizeFile) -> None:
 
     try:
         report = quantize_file(find(o.source), o.out, o.options, progress=show)
+    except ImportError as error:  # a format's own package
+        raise ValueError(error) from None
     finally:
         for bar in bars.values():
             bar.close()

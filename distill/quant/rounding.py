@@ -47,7 +47,8 @@ def clip(weight: Tensor, bits: int, group: int, rows: Tensor | None = None) -> Q
 def channelwise(weight: Tensor, int8_activations: bool = False) -> QuantizedWeight:
     """8 bits, one scale for each output channel, no zero."""
     w = to_matrix(weight).float()
-    scale = halves(w.abs().amax(1, keepdim=True).clamp(min=HALF_SMALLEST * 127) / 127)  # (N, 1)
+    scale = w.abs().amax(1, keepdim=True) / 127  # (N, 1)
+    scale = halves(scale.masked_fill(scale == 0, HALF_SMALLEST))
     codes = (w / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(
         codes, scale.t().contiguous(), None, tuple(weight.shape), 8, int8_activations=int8_activations
