@@ -95,13 +95,17 @@ class Quantized(QuantizedLayer):
         else:
             self._load_dense(weight, sd, prefix, metadata, strict, missing, unexpected, errors)
 
-    def _load_dense(self, weight: Tensor | None, sd: dict, prefix: str, *rest) -> None:
-        if isinstance(self, torch.nn.Conv2d):  # it copies into its parameter, which had no memory so far
+    def _load_dense(self, weight: Tensor | None, sd: dict, prefix: str, metadata, strict, missing, unexpected, errors):
+        convolution = isinstance(self, torch.nn.Conv2d)
+        if weight is None or convolution:  # nothing to replace the parameter, or something to copy into it
             room = torch.zeros(self.dense_shape, dtype=self._parameters["weight"].dtype, device=self.first_device)
             self._parameters["weight"] = torch.nn.Parameter(room, requires_grad=False)
         if isinstance(weight, Packed):  # a convolution in a format of ComfyUI's own
             sd[f"{prefix}weight"] = weight.dense()
-        super()._load_from_state_dict(sd, prefix, *rest)
+        if weight is None and not convolution:  # ComfyUI's Linear would have no weight at all then
+            torch.nn.Module._load_from_state_dict(self, sd, prefix, metadata, strict, missing, unexpected, errors)
+        else:
+            super()._load_from_state_dict(sd, prefix, metadata, strict, missing, unexpected, errors)
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         if not self.is_quantized:
