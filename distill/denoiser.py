@@ -134,9 +134,45 @@ def guided(denoiser: Denoiser, w: float | Tensor, null: Cond) -> Denoiser:
     return Guided(denoiser, w, null)
 
 
+@dataclass(frozen=True)
+class Autoguided:
+    """Guidance away from a weaker version of the same net, x0 + (w - 1) (plain - weak) (Karras et al. 2024, eq. 3).
+
+    What the weak net gets wrong the net itself gets wrong too, only less: the step from one to the other, prolonged,
+    points to the data. Unlike a step away from the empty prompt it does not narrow what a prompt can look like. Both
+    add up: `denoiser` may be guided.
+    """
+
+    denoiser: Denoiser
+    weak: Denoiser
+    w: float
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.with_plain(x_t, t, cond)[0]
+
+    def with_plain(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """The guided x0, and the net's own."""
+        x0, plain = with_plain(self.denoiser, x_t, t, cond)
+        return x0 + (self.w - 1) * (plain - self.weak(x_t, t, cond)), plain
+
+
+def autoguided(denoiser: Denoiser, w: float, weak: Denoiser | None) -> Denoiser:
+    """The denoiser, guided by w away from `weak`; w = 1 is the denoiser itself. Raises ValueError when w asks for one
+    and there is none."""
+    if w == 1:
+        return denoiser
+    if weak is None:
+        raise ValueError(f"autoguidance {w} needs a weaker teacher; pass one or use autoguidance 1")
+    return Autoguided(denoiser, weak, w)
+
+
 def with_plain(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
     """x0 of the denoiser and x0 of the same denoiser without guidance, in one call."""
-    if isinstance(denoiser, Guided):
+    if isinstance(denoiser, Guided | Autoguided):
         return denoiser.with_plain(x_t, t, cond)
     x0 = denoiser(x_t, t, cond)
     return x0, x0

@@ -106,6 +106,21 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     return Model(unet, vae, text_encoder, tokenizer, meta, Path(path).name, torch.device(device))
 
 
+def weak_teacher(teacher: Model, path: str | Path | None = None) -> Denoiser:
+    """A worse teacher, for autoguidance, from a OneStep file. Default: the bundled teacher's early checkpoint.
+
+    Raises CheckpointError where it is called otherwise than the teacher.
+    """
+    path = path or checkpoint.bundled("weak")
+    meta = checkpoint.read_metadata(path)
+    for name in ("prediction", "schedule"):
+        ours, theirs = getattr(teacher.meta, name), getattr(meta, name)
+        if ours != theirs:
+            problem = f"{name} is {theirs}, {teacher.name}'s is {ours}"
+            raise checkpoint.CheckpointError(f"{path}: {problem}. Pass an early checkpoint of that teacher.")
+    return teacher.wrap(checkpoint.build(path, teacher.device).unet.requires_grad_(False))
+
+
 def save_student(path: str | Path, source: Model, unet: Any, **changes: Any) -> Path:
     """Write a student that shares the text encoder, VAE and way of being called, in half precision.
 

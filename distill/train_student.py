@@ -17,7 +17,7 @@ from .demo import pick_device
 from .methods.regression import Regression, RegressionOptions, build_pairs
 from .methods.sds import SDS, SDSOptions
 from .methods.vsd import VSD, VSDOptions
-from .model import Model, load, save_student
+from .model import Model, load, save_student, weak_teacher
 from .sample import one_step
 from .train import Step, TrainOptions, seeded, train
 
@@ -30,6 +30,8 @@ class Train:
     """Folder for student.safetensors, log.csv, TensorBoard files and checkpoints."""
     teacher: Path | None = None
     """A OneStep teacher file. Default: the bundled one."""
+    weak: Path | None = None
+    """A worse teacher of the same kind, for --vsd.autoguidance. Default: an early checkpoint of the bundled teacher."""
     init: Path | None = None
     """A OneStep file to start the student from, such as the student of a regression. Default: the teacher."""
     method: Literal["vsd", "sds", "regression"] = "vsd"
@@ -94,11 +96,13 @@ def steps(o: Train, teacher: Model, student: nn.Module, t_in: float, device):
             )  # fmt: skip
         method, batches = Regression(o.regression, g), drawn
     elif o.method == "sds":
-        method = SDS(o.sds, g, CopyCoach(teacher.unet, teacher.wrap), null)  # of which only the teacher is called
+        weak = weak_teacher(teacher, o.weak) if o.sds.autoguidance != 1 else None
+        method = SDS(o.sds, g, CopyCoach(teacher.unet, teacher.wrap), null, weak=weak)  # only the teacher is called
     else:
         net = copy.deepcopy(teacher.unet)
         coach = CopyCoach(net, teacher.wrap) if o.coach == "copy" else LoraCoach(net, teacher.wrap, rank=o.rank)
-        method = VSD(o.vsd, g, coach, null)
+        weak = weak_teacher(teacher, o.weak) if o.vsd.autoguidance != 1 else None
+        method = VSD(o.vsd, g, coach, null, weak=weak)
     with tqdm(
         total=1.0, desc=o.method, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     ) as bar:

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from distill import schedule as S
-from distill.denoiser import PREDICTIONS, diffusers_net, drop, from_net, from_x0, guided, to_x0
+from distill.denoiser import (
+    PREDICTIONS,
+    autoguided,
+    diffusers_net,
+    drop,
+    from_net,
+    from_x0,
+    guided,
+    to_x0,
+    with_plain,
+)
 from distill.toy import Mixture, ring
 
 SCHEDULES = [S.ddpm(), S.ddpm(shift=4.0), S.flow(shift=3.0), S.trig(), S.edm()]
@@ -105,6 +115,24 @@ def test_guidance_is_one_doubled_batch_and_the_formula():
     assert guided(spy, 1.0, None) is spy
     with pytest.raises(ValueError, match="null"):
         guided(spy, 2.0, None)
+
+
+def test_autoguidance_adds_to_guidance():
+    def weak(x_t, t, cond):
+        return 3.0 + 0 * x_t
+
+    def net(x_t, t, cond):
+        return cond["c"] * torch.ones_like(x_t)
+
+    x_t, t = torch.zeros(2, 4), torch.full((2,), 0.5)
+    cond, null = {"c": torch.full((2, 1), 5.0)}, {"c": torch.ones(1, 1)}
+    both = autoguided(guided(net, 1.5, null), 2.0, weak)
+    x0, plain = with_plain(both, x_t, t, cond)
+    assert (plain == 5).all() and (x0 == 1 + 1.5 * (5 - 1) + (5 - 3)).all()  # the weak net against the plain one
+    assert (both(x_t, t, cond) == x0).all()
+    assert autoguided(net, 1.0, None) is net
+    with pytest.raises(ValueError, match="weaker teacher"):
+        autoguided(net, 2.0, None)
 
 
 def test_drop_replaces_whole_rows_by_the_null_prompt():

@@ -116,6 +116,37 @@ def test_vsd_finds_mean_and_spread(weight, schedule):
     assert student.tau.item() == pytest.approx(0.5, rel=0.02)
 
 
+def test_autoguidance_goes_on_from_the_weak_teacher_through_the_teacher():
+    """Of equal spread, the guided law is N(m_T + (w - 1) (m_T - m_W), s^2)."""
+    student = Line(0.0, 1.2)
+    coach = Exact(Gaussian(2.0, 0.5, SD), Gaussian(student.mu, student.tau, SD))
+    options = VSDOptions(weight="one", guidance=1.0, autoguidance=1.5)
+    method = VSD(options, student, coach, weak=Gaussian(1.0, 0.5, SD))
+    descend(method, student.parameters(), 700, 0.03, {"cond": None, "shape": (64, 16)})
+    assert student.mu.item() == pytest.approx(2.5, rel=0.01)
+    assert student.tau.item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_autoguidance_widens_what_the_weak_teacher_knows_too_narrowly():
+    """At one t: k(tau) = w k(s_T) - (w - 1) k(s_W)."""
+    t, w, student = 0.3, 1.5, Line(2.0, 0.5)
+    coach = Exact(Gaussian(2.0, 0.5, SD), Gaussian(student.mu, student.tau, SD))
+    options = VSDOptions(weight="one", guidance=1.0, autoguidance=w)
+    method = VSD(options, student, coach, times=at(t), weak=Gaussian(2.0, 0.3, SD))
+    descend(method, student.parameters(), 700, 0.03, {"cond": None, "shape": (64, 16)})
+    wide = w * k(SD, t, 0.5) - (w - 1) * k(SD, t, 0.3)
+    alpha, sigma = (f(torch.tensor([t])).item() for f in (SD.alpha, SD.sigma))
+    assert student.tau.item() == pytest.approx(sigma / alpha * math.sqrt(wide / (1 - wide)), rel=0.02)
+    assert student.tau.item() > 0.55
+
+
+def test_autoguidance_without_a_weak_teacher_is_refused():
+    coach = Exact(Gaussian(2.0, 0.5, SD), Gaussian(2.0, 0.5, SD))
+    with pytest.raises(ValueError, match="weaker teacher"):
+        method = VSD(VSDOptions(guidance=1.0, autoguidance=2.0), Line(0.0, 1.0), coach)
+        method.student_loss({"cond": None, "shape": (4, 1)}, generator())
+
+
 def test_vsd_finds_them_with_a_coach_that_has_to_learn():
     student, g = Line(0.0, 1.2), generator(1)
     coach = CopyCoach(GaussianNet(2.0, 0.5, SD), lambda net: net)

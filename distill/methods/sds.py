@@ -26,6 +26,8 @@ class SDSOptions:
     """If set, guidance is drawn per sample from U(guidance, guidance_max)."""
     guidance_until: float = 1.0
     """Guide only at t up to this; as VSD's."""
+    autoguidance: float = 1.0
+    """Guidance away from a weaker teacher; as VSD's."""
     t_min: float = 0.02
     """DreamFusion draws t from 2 to 98 %."""
     t_max: float = 0.98

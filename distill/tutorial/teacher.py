@@ -64,9 +64,10 @@ def train(
     batch: int = 48,
     lr: float = 1.5e-3,
     every: Callable[[nn.Module, float], None] | None = None,
+    every_minutes: float = 10,
     flat: float = 0.5,
 ) -> UNet2DConditionModel:
-    """Train for a time budget on (attributes, latents); returns the EMA."""
+    """Train for a time budget on (attributes, latents); returns the EMA. every, every_minutes: as for `fit`."""
     torch.manual_seed(seed)  # the initial weights
     unet = unet or UNet2DConditionModel(**CONFIG)
     denoiser = from_net(diffusers_net(unet), SCHEDULE, PREDICTION)
@@ -82,4 +83,5 @@ def train(
         error = denoiser(x_t, t, encode(prompts)) - x0
         return (expand(x0_weight(SCHEDULE, t), x0) * error.square()).mean()
 
-    return fit(unet, loss, minutes, lr, seed, "teacher", ema=0.9995, every=every, flat=flat)
+    how = {"ema": 0.9995, "every": every, "every_minutes": every_minutes, "flat": flat}
+    return fit(unet, loss, minutes, lr, seed, "teacher", **how)
