@@ -164,13 +164,20 @@ class OneStepLoad4BitCLIP(io.ComfyNode):
         return io.NodeOutput(load_clip(paths, type, folder_paths.get_folder_paths("embeddings"), activations))
 
 
+def stock_formats():
+    """The comfy_quant formats that this ComfyUI's own operations read."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    return QUANT_ALGOS.keys()
+
+
 def load_model(path: Path, activations: str = "auto", disable_dynamic: bool = True):
     """A file -> MODEL; a OneStep file by what it says of itself, any other by what ComfyUI recognises."""
     from ..distill.quant import formats
     from . import native
     from .native.detect import build
 
-    loaded = formats.read(path)
+    loaded = formats.read(path, stock_formats())
     if "onestep.version" in loaded.metadata:
         meta = Metadata.from_strings(loaded.metadata, path)
         model = native.load_model(path, loaded.weights, meta, disable_dynamic, activations)
@@ -185,7 +192,7 @@ def load_clip(paths: list[Path], kind: str, embeddings: list[str], activations: 
     from ..distill.quant import formats
     from .native.detect import build_text
 
-    clip = build_text(paths, [formats.read(p).weights for p in paths], kind, embeddings, activations)
+    clip = build_text(paths, [formats.read(p, stock_formats()).weights for p in paths], kind, embeddings, activations)
     clip.patcher.cached_patcher_init = (load_text_patcher, (paths, kind, embeddings, activations))
     return clip
 
