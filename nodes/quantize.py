@@ -138,8 +138,8 @@ class OneStepQuantize(io.ComfyNode):
 
 def statistics(source: Path, options, prompts: str):
     """(what flows into the layers or None, what to say about it)."""
-    if options.method in ("rtn", "clip") and options.budget is None:
-        return None, f"method {options.method} takes no calibration"
+    if options.method == "rtn" and options.budget is None:
+        return None, "rounding to nearest takes no calibration"
     if "onestep.version" not in read_header(source).get("__metadata__", {}):
         return None, "data-free: only OneStep files say how they are run"
     from .native import calibrate

@@ -216,7 +216,8 @@ def test_cancel_stops_before_the_network_is_called(client):
 def test_schemas_help_and_search(server):
     info = server.json("/object_info")
     ours = {k: v for k, v in info.items() if v["python_module"].endswith("onestep-nodes")}
-    assert ours.keys() == {"OneStepLoadStudent", "OneStepSample", "OneStepSchedule"}
+    loaders = {"OneStepLoadStudent", "OneStepLoad4Bit", "OneStepLoad4BitCLIP"}
+    assert ours.keys() == loaders | {"OneStepSample", "OneStepSchedule", "OneStepQuantize"}
     for name, schema in ours.items():
         inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
         assert all(options.get("tooltip") for _, options in inputs.values()), name
