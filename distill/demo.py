@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,10 +29,11 @@ from .data import shape_batches
 from .methods.regression import Pairs, Regression, RegressionOptions, build_pairs
 from .methods.vsd import VSD, VSDOptions
 from .metrics import COLUMNS, Judge, evaluate
-from .model import Model, load, save_student
+from .model import Model, load, save_student, weak_teacher
 from .sample import one_step
 from .train import TrainOptions, seeded, train
 
+LAW = VSDOptions(guidance=1.7, guidance_until=0.45, autoguidance=1.75)
 SHARES = {"pairs": 0.16, "regression": 0.32, "vsd": 0.40}  # of the time; the rest is for measuring
 
 
@@ -51,6 +53,8 @@ class Demo:
     """Go on with a run in `out` that was stopped."""
     teacher: Path | None = None
     """A teacher file of the tutorial world. Default: the bundled one."""
+    weak: Path | None = None
+    """A worse teacher for autoguidance. Default: the bundled teacher's early checkpoint."""
     coach: Literal["lora", "copy"] = "copy"
     """lora: adapters on the frozen teacher (least memory); copy: a second net (at this size faster and as good)."""
 
@@ -113,7 +117,7 @@ def _train(options: Demo, teacher: Model, student: nn.Module, device: torch.devi
         )
         net = copy.deepcopy(teacher.unet)
         coach = CopyCoach(net, teacher.wrap) if options.coach == "copy" else LoraCoach(net, teacher.wrap, rank=32)
-        vsd = VSD(VSDOptions(guidance=2.0, guidance_until=0.45), g, coach, null)
+        vsd = VSD(LAW, g, coach, null, weak=weak_teacher(teacher, options.weak))
         where = options.out / "vsd"
         for step in train(vsd, student, coach, shape_batches(teacher, 32), second, where, resume=options.resume):
             shown = {name: step.logs[name] for name in ("coach_loss", "rel_gap", "coach_ratio") if name in step.logs}
@@ -175,7 +179,7 @@ def print_table(rows: dict[str, dict]) -> None:
     some = next(iter(rows.values()))
     print(f"\n{'n = ' + str(some['n']):<20}" + "".join(f"{c:>11}" for c in COLUMNS))
     for name, row in rows.items():
-        print(f"{name:<20}" + "".join(f"{row[key]:>11.3f}" for key in COLUMNS.values()))
+        print(f"{name:<20}" + "".join(f"{row.get(key, math.nan):>11.3f}" for key in COLUMNS.values()))
     real = {k: 1.0 for k in COLUMNS.values()} | {"frechet": some["frechet_floor"], "clean": 0.95, "short_clean": 0.95}
     print(f"{'real pictures':<20}" + "".join(f"{real[key]:>11.3f}" for key in COLUMNS.values()))
 

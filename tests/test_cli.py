@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from distill import checkpoint, metrics, shapes
-from distill.model import load
+from distill.model import load, weak_teacher
 
 
 def distill(*args, cwd=None, **how):
@@ -63,7 +64,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, args, says):
 
 
 def test_bundled_models_are_small_and_carry_their_figures():
-    total = sum(checkpoint.bundled(name).stat().st_size for name in ("teacher", "student", "judge"))
+    total = sum(checkpoint.bundled(name).stat().st_size for name in ("teacher", "student", "weak", "judge"))
     assert total < 30e6
     for name, steps in (("teacher", "50 steps"), ("student", "1 step")):
         report = checkpoint.read_metadata(checkpoint.bundled(name)).metrics[steps]
@@ -82,6 +83,7 @@ def test_train_from_a_prompts_file(tmp_path):
     prompts = shapes.sample_prompts(16, torch.Generator().manual_seed(0))
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     how = ["--training.steps", 3, "--batch-size", 4, "--rank", 4, "--device", "cpu", "--training.save-every", 2]
+    how += ["--vsd.autoguidance", 2]
     done = distill("train", "--out", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *how)
     assert done.returncode == 0, done.stderr
     meta = checkpoint.read_metadata(tmp_path / "run" / "student.safetensors")
@@ -90,6 +92,14 @@ def test_train_from_a_prompts_file(tmp_path):
     assert "rel_gap" in (tmp_path / "run" / "log.csv").read_text().splitlines()[0]
     refused = distill("train", "--out", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *how)
     assert refused.returncode == 1 and "resume" in refused.stderr
+
+
+def test_a_weak_teacher_called_otherwise_is_refused(tmp_path):
+    weak = checkpoint.read(checkpoint.bundled("weak"))
+    other = replace(weak.meta, schedule={**weak.meta.schedule, "shift": 1.0})
+    path = checkpoint.write(tmp_path / "other.safetensors", checkpoint.Checkpoint(weak.weights, other))
+    with pytest.raises(checkpoint.CheckpointError, match="other.safetensors: schedule"):
+        weak_teacher(load(checkpoint.bundled("teacher")), path)
 
 
 def test_demo_survives_ctrl_c_and_goes_on(tmp_path):
@@ -122,10 +132,7 @@ def test_demo_survives_ctrl_c_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_demo_meets_its_bars(tmp_path):
-    """The whole demo in its default time on two cores.
-
-    The aim for the Frechet distance is 1.1 of the teacher's; 1.23 was measured, so 1.4 only guards against worse.
-    """
+    """The whole demo in its default time on two cores."""
     out = tmp_path / "demo"
     start = time.monotonic()
     done = distill("demo", "--out", out, "--device", "cpu")
@@ -135,7 +142,7 @@ def test_demo_meets_its_bars(tmp_path):
     rows = json.loads((out / "report.json").read_text())["rows"]
     teacher, student = rows["teacher, 50 steps"], rows["student, 1 step"]
     assert student["accuracy"] >= 0.97 * teacher["accuracy"]
-    assert student["frechet"] <= 1.4 * teacher["frechet"]
+    assert student["frechet"] <= 1.1 * teacher["frechet"]
     assert student["diversity_ratio"] >= 0.9 * teacher["diversity_ratio"]
     assert student["entropy_ratio"] >= 0.9 * teacher["entropy_ratio"]
     assert student["clean"] >= 0.75 * teacher["clean"]

@@ -46,7 +46,7 @@ class Build:
 
 
 WEAK = 20 / 47  # of the teacher's time: when the checkpoint for autoguidance is kept
-MINUTES = {"vae": 8.0, "text": 1.5, "judge": 6.0, "teacher": 47.0, "polish": 44.0, "student": 17.0}
+MINUTES = {"vae": 8.0, "text": 1.5, "judge": 6.0, "teacher": 47.0, "polish": 44.0, "student": 20.0}
 
 
 def run(o: Build) -> None:
