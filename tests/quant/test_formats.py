@@ -25,9 +25,11 @@ def random_blocks(kind: ggml.Kind, blocks: int, seed: int = 0) -> np.ndarray:
     return raw
 
 
-def write_gguf(path: Path, tensors: dict, arch: str = "flux", shapes: dict | None = None) -> Path:
+def write_gguf(path: Path, tensors: dict, arch: str | None = "flux", shapes: dict | None = None) -> Path:
     """tensors: name -> (array as gguf stores it, ggml type)."""
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch or "none")
+    if arch is None:
+        writer.kv_data[0].pop("general.architecture")
     for name, shape in (shapes or {}).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
     writer.add_uint32("answer", 42)
@@ -113,17 +115,19 @@ def test_gguf_shapes_that_were_folded(tmp_path, caplog):
     assert "1 convolutions rounded again" in caplog.text and "odd.weight" in caplog.text
 
 
-def test_sdxls_projections_are_linear(tmp_path):
-    """stable-diffusion.cpp stores them as 1x1 convolutions, which they are in SD1.5 only."""
+@pytest.mark.parametrize("architecture", ["sdxl", None])
+def test_sdxls_projections_are_linear(tmp_path, architecture):
+    """stable-diffusion.cpp, which names no architecture, stores them as 1x1 convolutions."""
     Q = gguf.GGMLQuantizationType
     w = torch.randn(32, 64, 1, 1, generator=torch.Generator().manual_seed(6))
-    raw, name = gguf.quantize(w.flatten(1).numpy(), Q.Q8_0), "input_blocks.4.1.proj_in"
-    for label, shape in ((False, (32, 64, 1, 1)), (True, (32, 64))):
-        tensors = {f"{name}.weight": (raw, Q.Q8_0)}
-        if label:
-            tensors["label_emb.0.0.weight"] = (np.ones((4, 4), np.float32), Q.F32)
-        weights = read(write_gguf(tmp_path / "m", tensors, "sdxl", {f"{name}.weight": w.shape})).weights
-        assert QuantizedWeight.from_tensors(weights, name).shape == shape
+    name = "input_blocks.4.1.proj_in"
+    tensors = {
+        f"{name}.weight": (gguf.quantize(w.flatten(1).numpy(), Q.Q8_0), Q.Q8_0),
+        "label_emb.0.0.weight": (np.ones((4, 4), np.float32), Q.F32),
+    }
+    path = write_gguf(tmp_path / "m", tensors, architecture, {f"{name}.weight": w.shape})
+    shape = QuantizedWeight.from_tensors(read(path).weights, name).shape
+    assert shape == (tuple(w.shape) if architecture else (32, 64))
 
 
 def test_t5_in_llama_cpps_names(tmp_path):

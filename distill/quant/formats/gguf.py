@@ -149,7 +149,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants to be able to write
     metadata, infos = header(path, data)
     names = gguf_names.rename(metadata.get("general.architecture"), [i.name for i in infos], path)
-    linear = any(i.name.endswith("label_emb.0.0.weight") for i in infos)  # SDXL: stable-diffusion.cpp says (n, n, 1, 1)
+    # stable-diffusion.cpp, which names no architecture, gives SDXL's linear projections the shape (n, n, 1, 1)
+    linear = "general.architecture" not in metadata and any(i.name.endswith("label_emb.0.0.weight") for i in infos)
     weights: dict[str, Tensor] = {}
     told = Told()
     for i in infos:
