@@ -130,10 +130,10 @@ class OneStepQuantize(io.ComfyNode):
         stats, said = statistics(source, options, prompts)
         report = quantize_file(source, out, options, stats, progress())
         MADE.add(out)
-        report.calibration = said
+        new = out.relative_to(place(folder_of(source))).as_posix()
+        report.calibration, report.out = said, new
         text = report.table()
-        relative = out.relative_to(place(folder_of(source))).as_posix()
-        return io.NodeOutput(relative, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(new, text, ui=ui.PreviewText(text))
 
 
 def statistics(source: Path, options, prompts: str):

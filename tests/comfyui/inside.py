@@ -553,6 +553,21 @@ def check_formats_of_comfyui_s_own():
         assert list(both.quantized()) and error(velocity(both, inputs), velocity(exact, inputs)) < 0.5, fmt
 
 
+def check_scaled_fp8_of_old():
+    sd, inputs = transformer("sd3")
+    file = {"model.diffusion_model.scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for key, w in sd.items():
+        layer, key = key.removesuffix(".weight"), f"model.diffusion_model.{key}"
+        if key.endswith(".weight") and w.ndim == 2 and "embed" not in key:
+            file[f"model.diffusion_model.{layer}.scale_weight"] = w.abs().max() / 448
+            w = (w / w.abs().max() * 448).to(torch.float8_e4m3fn)
+        file[key] = w
+    model = detect.build(Path("old"), file, {}, "float")
+    exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
+    assert 1e-4 < error(velocity(model, inputs), velocity(exact, inputs)) < 0.1
+    assert model.model_size() < 0.5 * exact.model_size()
+
+
 def check_a_dense_file_loads_as_it_is():
     sd, inputs = transformer("sd3")
     model = detect.build(Path("dense"), dict(sd), {})
