@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .unpack import dense, integer, scratch
+from .memory import result, scratch
+from .unpack import dense, integer, norm
 from .weight import QuantizedWeight, from_matrix
 
 WEIGHTS = 1 << 22
@@ -18,6 +19,8 @@ PATCHES = 1 << 22
 """numbers of a convolution's patches cut out for one multiplication"""
 OUTPUTS = 1 << 20
 """int32 results of one multiplication: they stay in the cache until they are scaled"""
+ROUNDED = 1 << 18
+"""numbers rounded to int8 at once"""
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom
 
@@ -27,7 +30,7 @@ Pads = tuple[int, int, int, int]  # left, right, top, bottom
 
 def float_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N)"""
-    y = x.new_empty(len(x), w.out_features)
+    y = result(len(x), w.out_features)
     rows = max(1, min(w.out_features, WEIGHTS // w.in_features))
     part = scratch("dense", (rows, w.in_features), torch.float32)
     for i in range(0, w.out_features, rows):
@@ -49,7 +52,7 @@ def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads:
         weight = from_matrix(dense(w, i, j, part[: j - i]), (j - i, *w.shape[1:]))
         some = F.conv2d(x, weight, None if bias is None else bias[i:j], stride, padding, dilation)
         if y is None:
-            y = x.new_empty(len(x), *some.shape[2:], n).permute(0, 3, 1, 2)
+            y = result(len(x), *some.shape[2:], n).permute(0, 3, 1, 2)
         y[:, i:j] = some
     return y
 
@@ -82,12 +85,6 @@ def windows(x: Tensor, shape: tuple[int, ...], stride, dilation) -> Tensor:
 # ------------------------------------------------------------------------------------------------ int8 activations
 
 
-def row_steps(x: Tensor) -> Tensor:
-    """(M, 1): the step that makes each row's largest number 127."""
-    top = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())
-    return top.div_(127).clamp_(min=1e-30)
-
-
 def image_grids(x: Tensor) -> tuple[Tensor, Tensor]:
     """low and step, both (B,): 256 codes from each image's smallest number to its largest, 0 among them."""
     in_memory = x if x.is_contiguous() else x.permute(0, 2, 3, 1)  # torch copies what is not contiguous
@@ -96,38 +93,38 @@ def image_grids(x: Tensor) -> tuple[Tensor, Tensor]:
     return low, (high - low).div_(255).clamp_(min=1e-30)
 
 
-def int8_linear(w: QuantizedWeight, x: Tensor, step: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K) rounded to multiples of step (M, 1), one for each row -> (M, N)"""
+def int8_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
+    """x (M, K), each row in steps of 1/127 of its largest number -> (M, N), and its `rounding_error`"""
     m, n = len(x), w.out_features
     w8, w_step = integer(w)
-    x8 = round_into(scratch("x8", (m, w.in_features), torch.int8), x, 1 / step)
-    y = x.new_empty(m, n)
+    x8, step = round_rows(x)
+    y, sizes = result(m, n), []
     rows = max(128, OUTPUTS // n)
     acc = scratch("acc", (min(m, rows), n), torch.int32)
     for i in range(0, m, rows):
         j = min(m, i + rows)
         torch._int_mm(x8[i:j], w8, out=acc[: j - i])
-        rescale(y[i:j].copy_(acc[: j - i]).mul_(step[i:j]), w_step, bias)
-    return y
+        part = y[i:j].copy_(acc[: j - i]).mul_(step[i:j])
+        part.mul_(w_step) if bias is None else torch.addcmul(bias, part, w_step, out=part)
+        sizes.append(torch.linalg.vector_norm(part))  # here, while it is in the cache
+    return y, rounding_error(w, step.square_().sum(), sizes)
 
 
-def int8_conv(
-    w: QuantizedWeight, x: Tensor, low: Tensor, step: Tensor, bias: Tensor | None, stride, pads: Pads, dilation
-) -> Tensor:
-    """x (B, C, H, W) rounded to low + step * (0..255), both (B,), one grid for each image -> (B, N, H', W').
+def int8_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> tuple[Tensor, float]:
+    """x (B, C, H, W), each image in 255 steps -> (B, N, H', W') channels-last, and its `rounding_error`
 
     With q = code - 128 and o = the code of 0, x = step (q - o): y = step w_step (w8 q - o sum(w8)) + bias.
     """
     w8, w_step = integer(w)
+    low, step = image_grids(x)
     zero = (low / -step - 128).round_()  # (B,)
-    x8 = code_images(x, zero, step, pads)
-    cut = windows(x8, w.shape, stride, dilation)
+    cut = windows(code_images(x, zero, step, pads), w.shape, stride, dilation)
     b, h, wd = cut.shape[:3]
     n = w.out_features
-    total = torch._int_mm(x8.new_ones(1, w.in_features), w8).float()  # (1, N)
+    total = torch._int_mm(w8.new_ones(1, w.in_features), w8).float()  # (1, N)
     scale = step[:, None] * w_step  # (B, N)
     offset = scale * total * -zero[:, None] + (0 if bias is None else bias)  # (B, N)
-    y = x.new_empty(b, h, wd, n)
+    y, sizes = result(b, h, wd, n), []
     for image, lines in pieces(b, h, wd * max(n, w.in_features * OUTPUTS // PATCHES)):
         view = cut[image, lines]
         if not view.is_contiguous():
@@ -137,7 +134,18 @@ def int8_conv(
         part = y[image, lines]
         part.copy_(acc.view(part.shape))
         torch.addcmul(offset[image, None, None], part, scale[image, None, None], out=part)
-    return y.permute(0, 3, 1, 2)
+        sizes.append(torch.linalg.vector_norm(part))
+    return y.permute(0, 3, 1, 2), rounding_error(w, step.square_().sum() * (h * wd), sizes)
+
+
+def rounding_error(w: QuantizedWeight, squares: Tensor, sizes: list[Tensor]) -> float:
+    """Relative L2 error to expect of an output from rounding its input.
+
+    squares: of the steps of the output's rows, summed up; sizes: L2 norms of its parts. Rounding to multiples of a step
+    adds noise of variance step^2 / 12 to each input, and |w_n|^2 times that to output n.
+    """
+    noise = (squares / 12).sqrt_() * norm(w)
+    return (noise / torch.linalg.vector_norm(torch.stack(sizes)).clamp_(min=1e-30)).item()
 
 
 def pieces(images: int, lines: int, cost: int):
@@ -162,23 +170,28 @@ def code_images(x: Tensor, zero: Tensor, step: Tensor, pads: Pads) -> Tensor:
         image = x[i].permute(1, 2, 0)  # (H, W, C)
         if x[i].is_contiguous() and c > 1:  # torch transposes matrices 4 times faster than it permutes
             image = scratch("image", (h * w, c), torch.float32).copy_(x[i].view(c, -1).t()).view(h, w, c)
-        round_into(out[i, top : top + h, left : left + w], image, 1 / step[i], z)
+        lines = max(1, ROUNDED // (w * c))
+        for j in range(0, h, lines):
+            part = image[j : j + lines]
+            round_into(out[i, top + j : top + j + len(part), left : left + w], part, 1 / step[i], z)
     return out
 
 
-def round_into(out: Tensor, x: Tensor, inverse: Tensor, zero: Tensor | None = None) -> Tensor:
-    """out (R, ...) int8 = round(x * inverse) + zero; inverse is one number, or one for each row."""
-    rows = max(1, (1 << 17) // max(1, x[0].numel()))
-    for i in range(0, len(x), rows):
-        part = x[i : i + rows]
-        wide = scratch("round", tuple(part.shape), torch.float32)
-        torch.mul(part, inverse if inverse.ndim == 0 else inverse[i : i + rows], out=wide)
-        wide.round_()
-        if zero is not None:
-            wide.add_(zero).clamp_(-128, 127)
-        out[i : i + rows].copy_(wide)
-    return out
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) -> int8 (scratch), and the step (M, 1) that makes each row's largest number 127."""
+    m, k = x.shape
+    out, step = scratch("x8", (m, k), torch.int8), x.new_empty(m, 1)
+    rows = max(1, ROUNDED // k)
+    for i in range(0, m, rows):
+        part, s = x[i : i + rows], step[i : i + rows]
+        torch.maximum(part.amax(1, keepdim=True), part.amin(1, keepdim=True).neg_(), out=s)
+        round_into(out[i : i + rows], part, s.div_(127).clamp_(min=1e-30).reciprocal())
+    return out, step
 
 
-def rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
+def round_into(out: Tensor, x: Tensor, inverse: Tensor, zero: Tensor | None = None) -> None:
+    """out (R, ...) int8 = round(x * inverse) + zero"""
+    wide = torch.mul(x, inverse, out=scratch("round", tuple(x.shape), torch.float32)).round_()
+    if zero is not None:
+        wide.add_(zero).clamp_(-128, 127)
+    out.copy_(wide)

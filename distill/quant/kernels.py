@@ -10,7 +10,7 @@
     - there are more rows than FEW (below, unpacking is all the time), and multiplications enough to pay (WORTH),
     - this machine multiplies int8 faster than fp32 (`choose.integers_are_fast`, measured once a process),
     - the weight's rows fit int8 (`unpack.coarseness`),
-    - this very input does: else the output is computed again in fp32 (`rounding`).
+    - this very input does: else the output is computed again in fp32 (`cpu.rounding_error`).
 
 Each of these depends on the layer, the machine and the input alone, so the same seed gives the same image whatever ran
 before. Ways that give the same numbers are chosen by time, and any way is refused, aloud, where it disagrees with
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import choose, cpu, kitchen
-from .unpack import coarseness, norm
+from .unpack import coarseness
 from .weight import QuantizedWeight, from_matrix
 
 FEW = 16
@@ -101,16 +101,15 @@ def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str) 
         return F.linear(x, w.matrix(x.dtype), bias)
 
     def int8(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-        return cpu.int8_linear(w, x, cpu.row_steps(x), bias)
+        return cpu.int8_linear(w, x, bias)[0]
 
     if x.device.type != "cpu":
         ways = {"comfy-kitchen": kitchen.linear} if kitchen.applies(w, x) else {}
         found = ways and choose.way("linear", ways, plain, w, x, 1, choose.HALF)
         return (found or plain)(w, x, bias)
     if integer_weight(w, len(x), activations) and choose.way("linear", {"int8": int8}, plain, w, x, 1, choose.INT8):
-        step = cpu.row_steps(x)
-        y = cpu.int8_linear(w, x, step, bias)
-        if activations == "int8" or rounding(w, step.square_().sum(), y) <= ROUNDING:
+        y, error = cpu.int8_linear(w, x, bias)
+        if activations == "int8" or error <= ROUNDING:
             return y
     found = choose.way("linear", {"float": cpu.float_linear}, plain, w, x, 1, choose.FLOAT)
     return (found or plain)(w, x, bias)
@@ -125,7 +124,7 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
         return F.conv2d(x, from_matrix(w.matrix(), w.shape), bias, stride, padding, dilation)
 
     def int8(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-        return cpu.int8_conv(w, x, *cpu.image_grids(x), bias, *geometry)
+        return cpu.int8_conv(w, x, bias, *geometry)[0]
 
     def direct(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return cpu.float_conv(w, x, bias, *geometry)
@@ -135,9 +134,8 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
 
     pixels = len(x) * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
     if integer_weight(w, pixels, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
-        low, step = cpu.image_grids(x)
-        y = cpu.int8_conv(w, x, low, step, bias, *geometry)
-        if activations == "int8" or rounding(w, step.square_().sum() * (y[0, 0].numel()), y) <= ROUNDING:
+        y, error = cpu.int8_conv(w, x, bias, *geometry)
+        if activations == "int8" or error <= ROUNDING:
             return y
     ways = {"direct": direct}
     if pixels * w.in_features <= cpu.PATCHES:
@@ -154,13 +152,3 @@ def integer_weight(w: QuantizedWeight, rows: int, activations: str) -> bool:
     if rows <= FEW or rows * w.out_features * w.in_features < WORTH or not choose.integers_are_fast():
         return False
     return coarseness(w) <= COARSE
-
-
-def rounding(w: QuantizedWeight, squares: Tensor, y: Tensor) -> float:
-    """Relative L2 error to expect of y from rounding its input; squares: of the steps of y's rows, summed up.
-
-    Rounding to multiples of a step adds noise of variance step^2 / 12 to each input, |w_n|^2 times that to output n.
-    """
-    noise = (squares / 12).sqrt_() * norm(w)
-    in_memory = y if y.is_contiguous() else y.permute(0, 2, 3, 1)
-    return (noise / torch.linalg.vector_norm(in_memory).clamp_(min=1e-30)).item()

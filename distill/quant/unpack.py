@@ -1,42 +1,24 @@
 """From packed codes to numbers a matrix multiplication takes, on the CPU, a block that fits the cache at a time.
 
-Eager torch runs one operation after the other over memory, and fresh memory costs more than arithmetic (a page fault
-is 2-3 us on virtual machines: 1 ns a number). So codes are unpacked in blocks, in place, into buffers that the thread
-keeps: about 0.4 ns a weight, where unpacking whole tensors takes 3.
+Eager torch runs one operation after the other over memory. So codes are unpacked in blocks, in place, into buffers that
+the thread keeps: about 0.4 ns a weight, where unpacking whole tensors takes 3.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .memory import scratch
 from .weight import QuantizedWeight
 
 BLOCK = 1 << 20
 """weights unpacked at once: a few MB of buffers. A quarter of it costs a fifth more, in calls of torch"""
-KEPT = 64 << 20
-"""bytes: a larger buffer is not kept between calls"""
 HALF_STEP = 128
 """0.5 in the 8.8 fixed point of `integer`"""
-
-_buffers = threading.local()
-
-
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory, the same each time for one name and thread. Whoever takes it is done with it on return."""
-    size = dtype.itemsize
-    for s in shape:
-        size *= s
-    kept = _buffers.__dict__.get(name)
-    if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8)
-        if size <= KEPT:
-            _buffers.__dict__[name] = kept
-    return kept[:size].view(dtype).view(shape)
 
 
 def nibbles(codes: Tensor) -> Tensor:

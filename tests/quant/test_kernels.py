@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.quant import choose, cpu, kernels, kitchen, unpack
+from distill.quant import choose, cpu, kernels, kitchen, memory, unpack
 from distill.quant.layers import QuantConv2d, QuantLinear
 from distill.quant.rounding import channelwise, round_to_nearest
-from distill.quant.weight import QuantizedWeight, pack_nibbles
+from distill.quant.weight import QuantizedWeight, from_matrix, pack_nibbles
 
 
 def weight(kind: str, *shape: int, group: int = 32, seed: int = 0) -> QuantizedWeight:
@@ -300,12 +300,21 @@ def test_threads_do_not_share_buffers():
 
 
 def test_big_buffers_are_not_kept(monkeypatch):
-    monkeypatch.setattr(unpack, "KEPT", 1000)
+    monkeypatch.setattr(memory, "KEPT", 1000)
     assert (
-        unpack.scratch("test", (100,), torch.float32).data_ptr() == unpack.scratch("test", (10,), torch.int8).data_ptr()
+        memory.scratch("test", (100,), torch.float32).data_ptr() == memory.scratch("test", (10,), torch.int8).data_ptr()
     )
-    unpack.scratch("test", (1000,), torch.float32)
-    assert unpack._buffers.__dict__["test"].numel() == 400
+    memory.scratch("test", (1000,), torch.float32)
+    assert memory._buffers.__dict__["test"].numel() == 400
+
+
+def test_large_results_are_ordinary_tensors(monkeypatch):
+    monkeypatch.setattr(memory, "MAPPED", 1 << 20)
+    y = memory.result(1000, 1001)
+    y.fill_(2)
+    assert y.shape == (1000, 1001) and y.is_contiguous() and y.sum() == 2 * 1000 * 1001
+    monkeypatch.setattr(memory, "_madvise", lambda: None)  # another system
+    assert memory.result(1000, 1001).shape == (1000, 1001)
 
 
 # ---------------------------------------------------------------------------------------------------- the choice
@@ -356,11 +365,16 @@ def test_of_two_right_ways_the_faster_is_taken(monkeypatch):
 
 
 def test_the_expected_rounding_error_is_the_one_found():
+    def int8_weight(w):  # so that only the input is rounded beside it
+        w8, step = unpack.integer(w)
+        return from_matrix(w8.t().float() * step[:, None], w.shape)
+
     w, x = weight("4 bits", 64, 512), torch.randn(256, 512)
-    step = cpu.row_steps(x)
-    expected = kernels.rounding(w, step.square().sum(), F.linear(x, w.matrix()))
-    found = error(F.linear((x / step).round() * step, w.matrix()), F.linear(x, w.matrix()))
-    assert 0.9 < found / expected < 1.1
+    y, expected = cpu.int8_linear(w, x, None)
+    assert 0.95 < error(y, F.linear(x, int8_weight(w))) / expected < 1.05
+    image, v = torch.randn(2, 32, 12, 12), weight("4 bits", 64, 32, 3, 3)
+    y, expected = cpu.int8_conv(v, image, None, (1, 1), (0, 0, 0, 0), (1, 1))
+    assert 0.95 < error(y, F.conv2d(image, int8_weight(v))) / expected < 1.05
     assert abs(unpack.norm(w) / w.matrix().norm().item() - 1) < 1e-5
 
 

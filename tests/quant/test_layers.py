@@ -1,6 +1,8 @@
 """Layers on quantized weights: they load, save, move and compute like the dense layers they stand for."""
 
 import copy
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,31 @@ def test_install_names_a_layer_the_model_lacks_or_cannot_quantize():
         install(nn.ModuleDict({"conv": Net().conv, "rest": nn.Identity()}), state)
     with pytest.raises(QuantError, match=r"conv.*LayerNorm"):
         install(nn.ModuleDict({"conv": nn.LayerNorm(8)}), state)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_two_hundred_runs_leave_no_memory_behind(activations):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 64, 1), nn.Flatten(2), nn.Linear(256, 256))
+    state = {}
+    for name in ("0", "1", "3"):
+        state |= round_to_nearest(net[int(name)].weight.data, 4, 32).to_tensors(name) | {
+            f"{name}.bias": net[int(name)].bias
+        }
+    install(net, state)
+    for i in (0, 1, 3):
+        net[i].activations = activations
+    x = torch.randn(2, 32, 16, 16)
+    with torch.no_grad():
+        for run in range(220):
+            net(x)
+            if run == 20:
+                before = resident()
+    assert resident() - before < 1 << 20  # the input alone is 64 kB, what a run allocates 2 MB
 
 
 def test_circular_padding_stays_dense():
