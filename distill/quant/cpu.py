@@ -87,9 +87,8 @@ def windows(x: Tensor, shape: tuple[int, ...], stride, dilation) -> Tensor:
 
 def image_grids(x: Tensor) -> tuple[Tensor, Tensor]:
     """low and step, both (B,): 256 codes from each image's smallest number to its largest, 0 among them."""
-    in_memory = x if x.is_contiguous() else x.permute(0, 2, 3, 1)  # torch copies what is not contiguous
-    low, high = zip(*(torch.aminmax(image) for image in in_memory))
-    low, high = torch.stack(low).clamp_(max=0), torch.stack(high).clamp_(min=0)
+    flat = (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).flatten(1)  # numbers in the order they lie in memory
+    low, high = flat.amin(1).clamp_(max=0), flat.amax(1).clamp_(min=0)
     return low, (high - low).div_(255).clamp_(min=1e-30)
 
 
@@ -163,17 +162,24 @@ def code_images(x: Tensor, zero: Tensor, step: Tensor, pads: Pads) -> Tensor:
     left, right, top, bottom = pads
     b, c, h, w = x.shape
     out = scratch("x8", (b, h + top + bottom, w + left + right, c), torch.int8)
-    for i in range(b):
-        z = zero[i]
-        if any(pads):
-            out[i].fill_(int(z.nan_to_num(0, 0, 0)))
-        image = x[i].permute(1, 2, 0)  # (H, W, C)
-        if x[i].is_contiguous() and c > 1:  # torch transposes matrices 4 times faster than it permutes
-            image = scratch("image", (h * w, c), torch.float32).copy_(x[i].view(c, -1).t()).view(h, w, c)
-        lines = max(1, ROUNDED // (w * c))
+    zero, inverse = zero.view(b, 1, 1, 1), step.reciprocal().view(b, 1, 1, 1)
+    if any(pads):
+        out.copy_(zero.nan_to_num(0, 0, 0))
+    inside = out[:, top : top + h, left : left + w]
+    images = max(1, ROUNDED // (h * w * c))
+    lines = max(1, ROUNDED // (w * c)) if images == 1 else h
+    for i in range(0, b, images):
+        part = x[i : i + images]
+        if c > 1 and part.is_contiguous():  # torch transposes matrices 4 times faster than it permutes
+            turned = scratch("image", (len(part), h * w, c), torch.float32)
+            for image, source in zip(turned, part):
+                image.copy_(source.view(c, -1).t())
+            part = turned.view(-1, h, w, c)
+        else:
+            part = part.permute(0, 2, 3, 1)
         for j in range(0, h, lines):
-            part = image[j : j + lines]
-            round_into(out[i, top + j : top + j + len(part), left : left + w], part, 1 / step[i], z)
+            some = slice(j, j + lines)
+            round_into(inside[i : i + images, some], part[:, some], inverse[i : i + images], zero[i : i + images])
     return out
 
 

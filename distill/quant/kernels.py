@@ -1,6 +1,7 @@
 """What computes on a quantized weight, and which way of computing is taken.
 
     plain       dequantize the whole weight, then torch's own operation: what every other way is measured against
+    small       dequantized once and kept, for layers of less than a MB (remember.py)
     CPU float   unpack in blocks and multiply in fp32 (4-bit weights, full activations: W4A16)
     CPU int8    round the activations to 8 bits as they come and multiply integers (W4A8, W8A8)
     elsewhere   comfy-kitchen's kernel where it has one for the case, else plain in the activations' type
@@ -26,13 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import choose, cpu, kitchen
+from .remember import small_dense
 from .unpack import coarseness
 from .weight import QuantizedWeight, from_matrix
 
 FEW = 16
 """rows"""
-WORTH = 1 << 20
-"""multiplications: below, calling torch takes longer than they do, and int8 needs more calls"""
+WORTH = 1 << 25
+"""multiplications: with fewer, calling torch takes longer than they do, and int8 needs more calls (measured: as fast as
+fp32 from 20 million on for a Linear, 50 for a 3x3 convolution)"""
 ROUNDING = 0.04
 """largest relative error of an output from its input's rounding; Gaussian inputs have 0.01. 4-bit weights err by 0.1 a
 layer, and errors add as squares"""
@@ -46,6 +49,9 @@ def linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str 
     """x (..., K) -> (..., N)"""
     if _plain(x):
         return F.linear(x, w.dequantize(x.dtype), bias)
+    dense = _small(w, x, x.numel() // x.shape[-1], activations)
+    if dense is not None:
+        return F.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type == "cpu":
         rows = rows.float()
@@ -65,11 +71,14 @@ def conv2d(
         return conv2d(w, x[None], bias, stride, padding, dilation, groups, activations)[0]
     if _plain(x) or groups != 1 or x.device.type != "cpu":
         return F.conv2d(x, w.dequantize(x.dtype), bias, stride, padding, dilation, groups)
-    image = x.float()
+    image, bias = x.float(), None if bias is None else bias.float()
+    dense = _small(w, x, pixels(x, stride), activations)
+    if dense is not None:
+        return F.conv2d(image, dense, bias, stride, padding, dilation).to(x.dtype)
     if w.pre_quant_scale is not None:
         image = image * w.pre_quant_scale.float().view(-1, 1, 1)
     pads = pads_of(padding, w.shape[2:], dilation)
-    y = _pixels(w, image, None if bias is None else bias.float(), stride, pads, dilation, activations)
+    y = _pixels(w, image, bias, stride, pads, dilation, activations)
     if w.up is not None:
         image, equal = cpu.padded(image, pads)
         y += F.conv2d(F.conv2d(image, w.down.float(), None, stride, equal, dilation), w.up.float()[..., None, None])
@@ -132,15 +141,27 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
     def patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return cpu.patches_conv(w, x, bias, *geometry)
 
-    pixels = len(x) * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
-    if integer_weight(w, pixels, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
+    count = pixels(x, stride)
+    if integer_weight(w, count, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
         y, error = cpu.int8_conv(w, x, bias, *geometry)
         if activations == "int8" or error <= ROUNDING:
             return y
     ways = {"direct": direct}
-    if pixels * w.in_features <= cpu.PATCHES:
+    if count * w.in_features <= cpu.PATCHES:
         ways["patches"] = patches
     return (choose.way(geometry, ways, plain, w, x, 1, choose.FLOAT) or plain)(w, x, bias)
+
+
+def pixels(x: Tensor, stride) -> int:
+    """Of the output, about."""
+    return len(x) * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
+
+
+def _small(w: QuantizedWeight, x: Tensor, rows: int, activations: str) -> Tensor | None:
+    """The dense weight of a layer too small for anything else to pay."""
+    if x.device.type != "cpu" or integer_weight(w, rows, activations):
+        return None
+    return small_dense(w)
 
 
 def integer_weight(w: QuantizedWeight, rows: int, activations: str) -> bool:

@@ -6,13 +6,11 @@ the thread keeps: about 0.4 ns a weight, where unpacking whole tensors takes 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .memory import scratch
+from .remember import remembered
 from .weight import QuantizedWeight
 
 BLOCK = 1 << 20
@@ -100,19 +98,6 @@ def row_step(w: QuantizedWeight) -> Tensor:
     scale, zero = w.scale.float(), 0 if w.zero is None else w.zero.float()
     top = torch.maximum((zero + first * scale).abs_(), (zero + last * scale).abs_()).amax(0)
     return top.div_(127).clamp_(min=1e-30)
-
-
-def remembered(measure: Callable[[QuantizedWeight], float]) -> Callable[[QuantizedWeight], float]:
-    """Measured once for each weight, as long as its codes live."""
-    known = WeakTensorKeyDictionary()
-
-    def recall(w: QuantizedWeight) -> float:
-        found = known.get(w.codes)
-        if found is None:
-            found = known[w.codes] = measure(w)
-        return found
-
-    return recall
 
 
 @remembered

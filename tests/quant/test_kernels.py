@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.quant import choose, cpu, kernels, kitchen, memory, unpack
+from distill.quant import choose, cpu, kernels, kitchen, memory, remember, unpack
 from distill.quant.layers import QuantConv2d, QuantLinear
 from distill.quant.rounding import channelwise, round_to_nearest
 from distill.quant.weight import QuantizedWeight, from_matrix, pack_nibbles
@@ -70,6 +70,7 @@ def small_cases_count(monkeypatch):
     """Tests use layers that are below what integers are worth; and nothing chosen in one test serves another."""
     monkeypatch.setattr(kernels, "WORTH", 0)
     monkeypatch.setattr(choose, "integers_are_fast", lambda: True)
+    monkeypatch.setattr(remember, "SMALL", 0)
     choose.forget()
     yield
     choose.forget()
@@ -306,6 +307,32 @@ def test_big_buffers_are_not_kept(monkeypatch):
     )
     memory.scratch("test", (1000,), torch.float32)
     assert memory._buffers.__dict__["test"].numel() == 400
+
+
+def test_small_layers_are_dequantized_once(monkeypatch):
+    monkeypatch.setattr(remember, "SMALL", 10_000)
+    w, x = weight("everything", 24, 64), torch.randn(40, 64)
+    v, image = weight("everything", 24, 16, 3, 3, group=16), torch.randn(2, 16, 8, 8)
+    args = (None, (1, 1), (1, 1), (1, 1), 1, "float")
+    for _ in range(2):
+        assert torch.equal(kernels.linear(w, x, None, "float"), F.linear(x, w.dequantize()))
+        assert error(kernels.conv2d(v, image, *args), F.conv2d(image, v.dequantize(), None, 1, 1)) < 2e-6
+    assert remember.small_dense(w) is remember.small_dense(w) is not None
+    assert error(kernels.linear(w, x, None, "int8"), F.linear(x, w.dequantize())) > 1e-4  # asked for, so computed
+    changed = QuantizedWeight(**(vars(w) | {"scale": w.scale * 2}))  # the same codes, another weight
+    assert torch.equal(kernels.linear(changed, x, None, "float"), F.linear(x, changed.dequantize()))
+    before = len(remember._dense)
+    del w, v, changed
+    assert len(remember._dense) == before - 2  # what is kept lives as long as its codes
+
+
+def test_small_layers_have_no_more_than_their_room(monkeypatch):
+    monkeypatch.setattr(remember, "SMALL", 10_000)
+    monkeypatch.setattr(remember, "ROOM", sum(t.nbytes for _, t in remember._dense.values()) + 4 * 24 * 64)
+    first, second = weight("4 bits", 24, 64), weight("4 bits", 24, 64)
+    assert remember.small_dense(first) is not None and remember.small_dense(second) is None
+    x = torch.randn(40, 64)
+    assert error(kernels.linear(second, x, None, "float"), kernels.linear(first, x, None, "float")) < 2e-6
 
 
 def test_large_results_are_ordinary_tensors(monkeypatch):
