@@ -87,7 +87,7 @@ class Quantized(QuantizedLayer):
         elif isinstance(held, QuantizedWeight):
             del sd[f"{prefix}weight"]
             held = held.to(self.first_device or "cpu")
-            kept = {f: t.clone() for f, t in held.fields().items() if f != "codes"}  # set_quantized copies the codes
+            kept = {f: t.clone() for f, t in held.fields().items()}  # set_quantized takes the tensors as they are
             self.set_quantized(replace(held, **kept))
             torch.nn.Module._load_from_state_dict(self, sd, prefix, metadata, strict, missing, unexpected, errors)
             own = {f"{prefix}{name}" for name in self._buffers}
