@@ -157,6 +157,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         shape = _shape(path, i, metadata)
         if linear and i.name.endswith((".proj_in.weight", ".proj_out.weight")) and shape[2:] == (1, 1):
             shape = shape[:2]
+        if names[i.name] == "shared.weight" and shape[:1] == (gguf_names.UMT5,):
+            raise CheckpointError(
+                f"{path}: UMT5 as GGUF holds its tokenizer as ComfyUI cannot read it. Get safetensors."
+            )
         weights |= _entries(path, data, i, names[i.name], shape, told)
     told.say(path, "GGUF's")
     strings = {k: v if isinstance(v, str) else str(v) for k, v in metadata.items() if v is not None}

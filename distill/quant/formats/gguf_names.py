@@ -40,6 +40,8 @@ WHOLE = {
 }
 FAMILIES = {"t5": "t5", "t5encoder": "t5", "qwen2": "llama", "qwen2vl": "llama", "qwen3": "llama"}
 """general.architecture -> which table. `llama` itself is missing: its files hold q and k with rows reordered."""
+UMT5 = 256384
+"""words of its vocabulary"""
 
 
 def rename(architecture: object, names: list[str], path: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ from .writing import Progress, Written, as_stored, candidates, is_matrix, relati
 FORMATS = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "nvfp4")
 ROTATIONS = (256, 64, 16)
 """columns that ConvRot mixes: powers of 4, the largest that divides K"""
+COUNTED = re.compile(r"(^|\.)(blocks\.0\.norm1\.linear|layers\.0\.(self_attn\.to_qkv|to_local_embed\.0))\.weight$")
 
 
 def write(
@@ -43,7 +44,7 @@ def write(
 
     encode = encoder(format)
     keys, prefix = candidates(weights, only)
-    wanted, detected = set(keys), first_cross_attention(weights)
+    wanted, counted = set(keys), detected(weights)
     out: dict[str, Tensor] = {}
     done = Written(path)
     for i, key in enumerate(weights):
@@ -53,7 +54,7 @@ def write(
         if not is_matrix(key, t) or not key.startswith(prefix):
             out[key] = as_stored(t).contiguous() if key.startswith(prefix) else t.contiguous()
             continue
-        why = "not chosen" if key not in wanted else "read by ComfyUI's model detection" if key == detected else ""
+        why = "not chosen" if key not in wanted else "read by ComfyUI's model detection" if key in counted else ""
         why = why or unfit(format, tuple(t.shape))
         layer = key.removesuffix(".weight")
         if why:
@@ -70,10 +71,12 @@ def write(
     return done
 
 
-def first_cross_attention(keys: Mapping[str, Tensor]) -> str | None:
-    """The weight whose columns stock detection takes for the width of the text: the first attn2.to_k there is."""
+def detected(keys: Mapping[str, Tensor]) -> set[str]:
+    """Weights inside blocks whose columns stock detection counts: the first attn2.to_k, for the width of the text, and
+    single ones of CogVideoX and Stable Audio."""
     found = [k for k in keys if k.endswith("attn2.to_k.weight") and not re.search(r"(middle|output|up|mid)_block", k)]
-    return min(found, key=lambda k: [int(n) for n in re.findall(r"\d+", k)], default=None)
+    first = min(found, key=lambda k: [int(n) for n in re.findall(r"\d+", k)], default=None)
+    return {first} | {k for k in keys if COUNTED.search(k)}
 
 
 def unfit(format: str, shape: tuple[int, ...]) -> str:
