@@ -8,7 +8,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill.checkpoint import CheckpointError, Metadata
+from ..distill.checkpoint import CheckpointError
 from .files import DIFFUSION, TEXT, choices, fingerprint, locate
 
 CATEGORY = "OneStep"
@@ -79,7 +79,15 @@ class OneStepLoad4Bit(io.ComfyNode):
                 io.Model.Output(
                     display_name="model",
                     tooltip="For any sampler. LoRA loaders and other patches may follow; weights stay quantized.",
-                )
+                ),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The text encoder inside the file: whole checkpoints and OneStep files have one.",
+                ),
+                io.Vae.Output(
+                    display_name="vae",
+                    tooltip="The VAE inside the file: whole checkpoints and OneStep files have one.",
+                ),
             ],
         )
 
@@ -93,7 +101,7 @@ class OneStepLoad4Bit(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, activations="auto") -> io.NodeOutput:
-        return io.NodeOutput(load_model(locate(file), activations))
+        return io.NodeOutput(*load_file(locate(file), folder_paths.get_folder_paths("embeddings"), activations))
 
 
 class OneStepLoad4BitCLIP(io.ComfyNode):
@@ -171,20 +179,26 @@ def stock_formats():
     return QUANT_ALGOS.keys()
 
 
-def load_model(path: Path, activations: str = "auto", disable_dynamic: bool = True):
-    """A file -> MODEL; a OneStep file by what it says of itself, any other by what ComfyUI recognises."""
+def load_file(path: Path, embeddings: list[str], activations: str = "auto", disable_dynamic: bool = True) -> tuple:
+    """A file -> (MODEL, CLIP or None, VAE): a OneStep file by what it says of itself, others as ComfyUI sees them."""
     from ..distill.quant import formats
     from . import native
-    from .native.detect import build
+    from .native import detect
 
     loaded = formats.read(path, stock_formats())
     if "onestep.version" in loaded.metadata:
-        meta = Metadata.from_strings(loaded.metadata, path)
-        model = native.load_model(path, loaded.weights, meta, disable_dynamic, activations)
+        model, clip, vae = native.load(path, embeddings, disable_dynamic, activations)
     else:
-        model = build(path, loaded.weights, loaded.metadata, activations)
-    model.cached_patcher_init = (load_model, (path, activations))  # ComfyUI loads the weights again for other GPUs
-    return model
+        model, clip, vae = detect.load(path, loaded.weights, loaded.metadata, embeddings, activations)
+    for i, patcher in enumerate((model, clip and clip.patcher)):
+        if patcher is not None:  # ComfyUI loads the weights again for other GPUs
+            patcher.cached_patcher_init = (load_patchers, (path, embeddings, activations), i)
+    return model, clip, vae
+
+
+def load_patchers(*args, disable_dynamic: bool = True) -> tuple:
+    model, clip, _ = load_file(*args, disable_dynamic=disable_dynamic)
+    return model, clip and clip.patcher
 
 
 def load_clip(paths: list[Path], kind: str, embeddings: list[str], activations: str = "auto"):

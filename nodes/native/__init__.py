@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from ...distill import checkpoint
-from ...distill.checkpoint import Metadata, Weights
 from ...distill.layouts import TEXT, UNET, VAE
 from .clip import build_clip
 from .model import build_model
@@ -36,8 +35,3 @@ def load(path: Path, embeddings: list[str], disable_dynamic: bool = False, activ
 def patchers(path: Path, embeddings: list[str], disable_dynamic: bool = False, activations: str = "auto") -> tuple:
     model, clip, _ = load(path, embeddings, disable_dynamic, activations)
     return model, clip and clip.patcher
-
-
-def load_model(path: Path, weights: Weights, meta: Metadata, disable_dynamic: bool = False, activations: str = "auto"):
-    """Only the MODEL, from weights that were read already."""
-    return build_model(path, meta, checkpoint.part(weights, UNET) or {}, disable_dynamic, activations)

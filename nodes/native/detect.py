@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import comfy.model_detection as detection
 import comfy.model_management as mm
 import comfy.sd
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ...distill.checkpoint import CheckpointError
@@ -16,13 +16,35 @@ from .fuse import convert
 from .ops import operations
 from .packed import float_dtype, pack
 from .patcher import Patcher
+from .vae import no_vae
 
 
-def build(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], activations: str = "auto") -> Patcher:
-    """A state dict in the contract's form -> MODEL. Raises CheckpointError where ComfyUI does not know the model."""
+def load(
+    path: Path, weights: dict[str, Tensor], metadata: dict[str, str], embeddings: list[str], activations: str = "auto"
+) -> tuple:
+    """A state dict in the contract's form -> (MODEL, CLIP or None, VAE), the last two of a whole checkpoint.
+
+    Raises CheckpointError where ComfyUI does not know the model.
+    """
     weights = marked(weights)
-    dtype = float_dtype(weights)
-    config, weights = recognise(path, diffusion_part(pack(weights, dtype)), metadata)
+    named = pack(weights)
+    config, diffusion = recognise(path, diffusion_part(named), metadata)
+    model = build(path, config, diffusion, float_dtype(weights), activations)
+    text = config.process_clip_state_dict(dict(named))
+    target = config.clip_target(state_dict=named) if text else None
+    clip = None
+    if target is not None:
+        clip = comfy.sd.CLIP(
+            target, embeddings, tokenizer_data=text, state_dict=text, **text_options(text, activations)
+        )
+        Patcher.adopt(clip.patcher)
+    prefixes = dict.fromkeys(config.vae_key_prefix, "")
+    vae = comfy.utils.state_dict_prefix_replace(dict(named), prefixes, filter_keys=True)
+    return model, clip, comfy.sd.VAE(sd=config.process_vae_state_dict(vae)) if vae else no_vae()
+
+
+def build(path: Path, config, weights: dict[str, Tensor], dtype: torch.dtype, activations: str = "auto") -> Patcher:
+    """Weights in ComfyUI's names -> MODEL; dtype: of those in the file that are not quantized."""
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported, parameters = list(config.supported_inference_dtypes), comfy.utils.calculate_parameters(weights)
     inference = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=dtype)
@@ -31,7 +53,7 @@ def build(path: Path, weights: dict[str, Tensor], metadata: dict[str, str], acti
     config.custom_operations = operations(cast or inference, activations=activations)
     model = config.get_model(weights, "")
     try:
-        model.load_model_weights(weights, "")
+        model.load_model_weights(dict(weights), "")
     except (RuntimeError, ValueError, KeyError) as e:  # load_state_dict has a line for each weight of a wrong shape
         lines = [line.strip() for line in str(e).splitlines()]
         raise CheckpointError(f"{path}: wrong weights: {lines[1] if len(lines) > 1 else lines[0]} Get it again.") from e
@@ -82,14 +104,19 @@ def build_text(
         if "transformer.resblocks.0.ln_1.weight" not in state and comfy.sd.detect_te_model(pack(state)) is None:
             raise CheckpointError(f"{path}: not a text encoder that ComfyUI knows. Choose another file.")
     kind = getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-    dtype = mm.text_encoder_dtype(mm.text_encoder_device())
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        [pack(state) for state in states],
-        embedding_directory=embeddings,
-        clip_type=kind,
-        model_options={"custom_operations": operations(dtype, text=True, activations=activations)},
-        disable_dynamic=True,
-    )
+    named = [pack(state) for state in states]
+    options = text_options({}, activations)
+    del options["parameters"]  # counted inside
+    clip = comfy.sd.load_text_encoder_state_dicts(named, embedding_directory=embeddings, clip_type=kind, **options)
     Patcher.adopt(clip.patcher)
-    logging.info("OneStep: text encoder with quantized weights, %.0f MB", clip.patcher.model_size() / 1e6)
     return clip
+
+
+def text_options(weights: dict[str, Tensor], activations: str) -> dict:
+    """How ComfyUI is to make a text encoder."""
+    dtype = mm.text_encoder_dtype(mm.text_encoder_device())
+    return {
+        "parameters": comfy.utils.calculate_parameters(weights),
+        "model_options": {"custom_operations": operations(dtype, text=True, activations=activations)},
+        "disable_dynamic": True,
+    }

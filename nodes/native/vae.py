@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -62,13 +63,8 @@ class ModuleVAE(comfy.sd.VAE):
     """Any module with encode(images in [-1, 1]) and decode(latents), in ComfyUI's memory management."""
 
     def __init__(self, module: torch.nn.Module, channels: int, factor: int):
-        silence = logging.Filter()
-        silence.filter = lambda record: "No VAE weights" not in record.getMessage()
-        logging.getLogger().addFilter(silence)
-        try:
-            super().__init__(sd={})  # every default of the running version; it warns that it finds no weights and stops
-        finally:
-            logging.getLogger().removeFilter(silence)
+        with silence("No VAE weights"):  # every default of the running version; it warns of no weights and stops
+            super().__init__(sd={})
         self.latent_channels = channels
         self.downscale_ratio = self.upscale_ratio = factor
         self.device, self.output_device = mm.vae_device(), mm.intermediate_device()
@@ -79,3 +75,21 @@ class ModuleVAE(comfy.sd.VAE):
         patcher = comfy.model_patcher.ModelPatcher
         self.patcher = patcher(module, load_device=self.device, offload_device=mm.vae_offload_device())
         self.model_size()
+
+
+def no_vae() -> comfy.sd.VAE:
+    """What ComfyUI's loaders put out for a file without a VAE: using it says so."""
+    with silence("No VAE weights"):
+        return comfy.sd.VAE(sd={})
+
+
+@contextmanager
+def silence(words: str):
+    """Keep messages with these words out of the log."""
+    keep = logging.Filter()
+    keep.filter = lambda record: words not in record.getMessage()
+    logging.getLogger().addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(keep)

@@ -352,7 +352,7 @@ def check_offload_and_reload_are_exact():
 
 def check_two_models_and_two_hundred_runs():
     q, d = pair()
-    other = four_bit.load_model(FOLDER / "inside-4.safetensors", "float")
+    other, *_ = four_bit.load_file(FOLDER / "inside-4.safetensors", [], "float")
     file = lora(*d, "lora")
     patched, _ = with_lora(q, (file, 1.0))
     cond = q[1].encode_from_tokens_scheduled(q[1].tokenize("a ring"))
@@ -433,6 +433,12 @@ def velocity(patcher, inputs):
     return out
 
 
+def model_of(weights: dict):
+    model, clip, _ = detect.load(Path("file"), dict(weights), {}, [], "float")
+    assert clip is None
+    return model
+
+
 def in_diffusers_names(sd: dict, table: dict) -> dict:
     """The inverse of ComfyUI's conversion, by ComfyUI's own table."""
     out = {}
@@ -452,7 +458,7 @@ def check_transformers_in_either_naming():
         names = {"single file": sd, "diffusers": in_diffusers_names(sd, table(size))}
         for naming, weights in names.items():
             q, d = quantized(weights, dense=("pos_embed",))
-            model = detect.build(Path(kind), q, {}, "float")
+            model = model_of(q)
             dense = comfy.sd.load_diffusion_model_state_dict({k: t.clone() for k, t in d.items()}, disable_dynamic=True)
             exact = comfy.sd.load_diffusion_model_state_dict(dict(weights), disable_dynamic=True)
             assert type(model.model) is type(dense.model), naming
@@ -470,7 +476,7 @@ def check_a_stack_of_unlike_layers_is_dense():
     q = {k: t for k, t in q.items() if not k.startswith(f"{name}.") or k.endswith("bias")} | {
         f"{name}.weight": d[f"{name}.weight"]
     }
-    model = detect.build(Path("mixed"), q, {}, "float")
+    model = model_of(q)
     dense = comfy.sd.load_diffusion_model_state_dict(d, disable_dynamic=True)
     assert error(velocity(model, inputs), velocity(dense, inputs)) < TOLERANCE
     stacked = model.model.diffusion_model.double_blocks[0].img_attn.qkv
@@ -543,13 +549,13 @@ def check_formats_of_comfyui_s_own():
             entries = t.state_dict(key) | {key[:-6] + "comfy_quant": mark}
             stock |= entries
             mixed |= entries if len(stock) % 2 else rounding.round_to_nearest(w, 4, 64).to_tensors(key[:-7])
-        found = velocity(detect.build(Path(fmt), dict(stock), {}, "float"), inputs)
+        found = velocity(model_of(stock), inputs)
         exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
         assert error(found, velocity(exact, inputs)) < 0.5, fmt
         if fmt != "nvfp4":  # there ComfyUI itself takes the packed width of a layer for the model's
             theirs = comfy.sd.load_diffusion_model_state_dict(dict(stock), disable_dynamic=True)
             assert torch.equal(found, velocity(theirs, inputs)), fmt
-        both = detect.build(Path(fmt), mixed, {}, "float")
+        both = model_of(mixed)
         assert list(both.quantized()) and error(velocity(both, inputs), velocity(exact, inputs)) < 0.5, fmt
 
 
@@ -562,7 +568,7 @@ def check_scaled_fp8_of_old():
             file[f"model.diffusion_model.{layer}.scale_weight"] = w.abs().max() / 448
             w = (w / w.abs().max() * 448).to(torch.float8_e4m3fn)
         file[key] = w
-    model = detect.build(Path("old"), file, {}, "float")
+    model = model_of(file)
     exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
     assert 1e-4 < error(velocity(model, inputs), velocity(exact, inputs)) < 0.1
     assert model.model_size() < 0.5 * exact.model_size()
@@ -570,7 +576,7 @@ def check_scaled_fp8_of_old():
 
 def check_a_dense_file_loads_as_it_is():
     sd, inputs = transformer("sd3")
-    model = detect.build(Path("dense"), dict(sd), {})
+    model = model_of(sd)
     dense = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
     assert not list(model.quantized()) and torch.equal(velocity(model, inputs), velocity(dense, inputs))
 
@@ -581,7 +587,7 @@ def check_wrong_shapes_name_the_file_and_the_weight():
     name = "joint_blocks.1.x_block.mlp.fc1"
     q |= rounding.round_to_nearest(rand(64, 128), 4, 32).to_tensors(name)
     try:
-        detect.build(Path("/models/bent.safetensors"), q, {})
+        detect.load(Path("/models/bent.safetensors"), q, {}, [])
     except ValueError as e:
         assert "bent.safetensors: wrong weights" in str(e) and name in str(e) and "(64, 128)" in str(e), e
     else:
