@@ -32,7 +32,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size *= s
     kept = _buffers.__dict__.get(name)
     if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # what is made in inference mode may not be written outside of it
+            kept = torch.empty(size, dtype=torch.uint8)
         if size <= KEPT:
             _buffers.__dict__[name] = kept
     return kept[:size].view(dtype).view(shape)

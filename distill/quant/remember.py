@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -45,7 +46,7 @@ def small_dense(w: QuantizedWeight) -> Tensor | None:
         return None
     found = _get(_dense, w)
     if found is None:
-        with _lock:
+        with _lock, torch.inference_mode(False), torch.no_grad():
             if sum(t.nbytes for _, t in _dense.values()) + 4 * w.out_features * w.in_features > ROOM:
                 return None
             found = w.dequantize().contiguous()

@@ -300,6 +300,27 @@ def test_threads_do_not_share_buffers():
     assert not wrong
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_inference_mode_leaves_nothing_behind_that_others_may_not_write(small, monkeypatch):
+    monkeypatch.setattr(remember, "SMALL", small)
+    memory._buffers.__dict__.clear()
+    w, x = weight("4 bits", 48, 64), torch.randn(30, 64)
+    v, image = weight("4 bits", 64, 32, 3, 3), torch.randn(1, 32, 9, 9)
+
+    def run():
+        for activations in ("float", "int8"):
+            yield kernels.linear(w, x, None, activations)
+            yield kernels.conv2d(v, image, None, (1, 1), (1, 1), (1, 1), 1, activations)
+
+    with torch.inference_mode():
+        expected = list(run())
+    for y, e in zip(run(), expected):
+        assert torch.equal(y, e) and not y.is_inference()
+    linear = torch.nn.Linear(48, 1)
+    linear(next(run())).sum().backward()
+    assert linear.weight.grad is not None
+
+
 def test_big_buffers_are_not_kept(monkeypatch):
     monkeypatch.setattr(memory, "KEPT", 1000)
     assert (
