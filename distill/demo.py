@@ -34,6 +34,9 @@ from .sample import one_step
 from .train import TrainOptions, seeded, train
 
 LAW = VSDOptions(guidance=1.7, guidance_until=0.45, autoguidance=1.75)
+"""What the student is drawn to. Guidance puts more pictures right, and all farther from real ones; autoguidance makes
+them more diverse and nearer to real ones, and fewer of them clean. Frechet distance and share right, n = 1024, 400
+steps after the same regression: guidance 2 alone 54.0 and .982, 1.6 alone 46.1 and .970, both of 2 45.6 and .981."""
 SHARES = {"pairs": 0.16, "regression": 0.32, "vsd": 0.40}  # of the time; the rest is for measuring
 
 

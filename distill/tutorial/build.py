@@ -145,7 +145,8 @@ def saved_unet(o: Build, name: str) -> UNet2DConditionModel:
 
 def make_student(o: Build, minutes: float) -> None:
     """The bundled student is the demo's, given more time."""
-    demo.run(demo.Demo(minutes=minutes, out=o.work / "student", seed=o.seed, teacher=o.assets / "teacher.safetensors"))
+    teacher, weak = o.assets / "teacher.safetensors", o.assets / "weak.safetensors"
+    demo.run(demo.Demo(minutes=minutes, out=o.work / "student", seed=o.seed, teacher=teacher, weak=weak))
     shutil.copyfile(o.work / "student" / "student.safetensors", o.assets / "student.safetensors")
 
 
