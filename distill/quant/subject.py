@@ -22,7 +22,8 @@ CHEAP = 2e10
 """weights run through (those of the model times the candidates tried) up to which sensitivity is measured end to end:
 minutes on a CPU. A model of 50 M weights with 100 layers is there; above it each layer is judged by itself"""
 PROBES = 32
-"""pictures, or denoiser calls, that the output error is measured on"""
+"""pictures, or denoiser calls, that the output error is measured on: not those of calibration"""
+PROBE_SEED = 8191
 
 
 def open_subject(source: Source, options, parts: tuple[str, ...]) -> tuple[Subject | None, str]:
@@ -58,6 +59,9 @@ class Subject:
         """Work as in real use, on all calibration prompts."""
         raise NotImplementedError
 
+    def start(self) -> None:
+        """Make the inputs of `outputs`, after `run`."""
+
     def outputs(self) -> Tensor:
         """What the model puts out on a few fixed inputs."""
         raise NotImplementedError
@@ -75,6 +79,7 @@ class Subject:
         names = {n: k for n, k in self.names.items() if k in wanted and isinstance(modules.get(n), kinds)}
         stats = collect(self.modules, names, lambda: self.run(progress), options.rows, options.seed)
         with torch.no_grad():
+            self.start()
             self.reference = self.outputs()
         return stats
 
@@ -142,43 +147,52 @@ class OneStep(Subject):
         self.model = Model(unet, vae, text, checkpoint.build_tokenizer(meta), meta, source.path.name)
         student = meta.guidance.get("baked")
         self.generator = Generator().manual_seed(options.seed)
-        count = options.samples or (64 if student else 16)
-        if options.prompts is not None:
-            given = read_prompts(options.prompts)
-            self.prompts = [given[i % len(given)] for i in range(count)]
-        else:
-            self.prompts = shapes.sample_prompts(count, self.generator)
+        count = options.samples or (256 if student else 32)
+        self.prompts, self.probe = prompts_for(options, count)
         self.steps = options.steps or meta.steps
         what = f"t = {meta.t_in:g}" if student and self.steps == 1 else f"its own {self.steps} steps"
         return self, f"calibrated on {count} prompts at {what}"
 
     def run(self, progress) -> None:
-        batch, made = 16, []
+        batch = 16
         for i in range(0, len(self.prompts), batch):
             progress(i, len(self.prompts), "calibrating")
             some = self.prompts[i : i + batch]
             z = randn(self.model.latent_shape(len(some)), self.generator)
-            made.append(self.model.latents(z, self.model.encode(some), self.steps, generator=self.generator))
+            self.model.latents(z, self.model.encode(some), self.steps, generator=self.generator)
         progress(len(self.prompts), len(self.prompts), "calibrating")
-        self.points = self._points(torch.cat(made))
 
-    def _points(self, x0: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def start(self) -> None:
         """(x_t, t) where the denoiser is compared: a student's start, or eight levels of a teacher's own pictures."""
         denoiser, schedule = self.model.denoiser, self.model.denoiser.schedule
-        if self.model.meta.guidance.get("baked"):
-            x0 = x0[:PROBES]
-            t = torch.full((len(x0),), float(schedule.time(self.model.meta.t_in)))
-            return [(prior_scale(denoiser, t, x0) * randn(x0.shape, self.generator), t)]
-        x0 = x0[: PROBES // 8]
+        generator = Generator().manual_seed(PROBE_SEED)
+        student = self.model.meta.guidance.get("baked")
+        if not student:
+            self.probe = self.probe[: PROBES // 8]
+        z = randn(self.model.latent_shape(len(self.probe)), generator)
+        if student:
+            t = torch.full((len(z),), float(schedule.time(self.model.meta.t_in)))
+            self.points = [(prior_scale(denoiser, t, z) * z, t)]
+            return
+        x0 = self.model.latents(z, self.model.encode(self.probe), self.steps)
         times = [torch.full((len(x0),), (i + 1) / 8) for i in range(8)]
-        return [(schedule.noise(x0, t, randn(x0.shape, self.generator)), t) for t in times]
+        self.points = [(schedule.noise(x0, t, randn(x0.shape, generator)), t) for t in times]
 
     def outputs(self) -> Tensor:
-        cond = self.model.encode(self.prompts[: len(self.points[0][0])])
+        cond = self.model.encode(self.probe)
         return torch.cat([self.model.denoiser(x, t, cond) for x, t in self.points])
 
     def pictures(self, outputs: Tensor) -> Tensor | None:
         return None if self.model.vae is None else self.model.decode(outputs)
+
+
+def prompts_for(options, count: int) -> tuple[list[str], list[str]]:
+    """(to calibrate on, to measure on): from the file of prompts, or of the tutorial's world."""
+    if options.prompts is not None:
+        given = read_prompts(options.prompts)
+        return [given[i % len(given)] for i in range(count)], [given[-1 - i % len(given)] for i in range(PROBES)]
+    seeds = (options.seed, PROBE_SEED)
+    return tuple(shapes.sample_prompts(n, Generator().manual_seed(s)) for n, s in zip((count, PROBES), seeds))
 
 
 def _vae(source: Source, config: dict | None) -> nn.Module | None:
