@@ -28,6 +28,8 @@ FLOAT, HALF, INT8 = 1e-4, 2e-2, 5e-2
 and weights rounded to 8 bits (0.01)"""
 CHANNELS = 16
 """output channels that are compared"""
+ENOUGH = 0.02
+"""seconds of trying one way"""
 
 _chosen: dict[Hashable, Way | None] = {}
 _lock = threading.RLock()
@@ -71,7 +73,7 @@ def _try(ways: Mapping[str, Way], plain: Way, w: QuantizedWeight, x: Tensor, axi
             )  # fmt: skip
     if len(right) < 2:
         return next(iter(right.values()), None)
-    return min(right.values(), key=lambda compute: seconds(lambda: compute(w, probe, None), 2))
+    return min(right.values(), key=lambda compute: seconds(lambda: compute(w, probe, None), 3))
 
 
 def _problem(compute: Way, w, probe: Tensor, some: Tensor, axis: int, expected: Tensor, limit: float) -> str | None:
@@ -93,9 +95,9 @@ def channels(w: QuantizedWeight, index: Tensor) -> QuantizedWeight:
 
 
 def seconds(run: Callable[[], object], times: int) -> float:
-    """Shortest of some runs."""
+    """Shortest of some runs; fewer where they are long."""
     taken = []
-    for _ in range(times):
+    while len(taken) < times and sum(taken) < ENOUGH:
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)

@@ -5,6 +5,8 @@ All take and give fp32; x is 2-D or channels-last inside. Nothing here applies p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,20 +25,36 @@ ROUNDED = 1 << 18
 """numbers rounded to int8 at once"""
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear's arguments and result
 
 
 # ------------------------------------------------------------------------------------------------ fp32 activations
 
 
-def float_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear through oneDNN in place of torch's BLAS: MKL leaves half of an AMD processor's AVX512 unused."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def multipliers() -> dict[str, Multiply]:
+    """What this torch can multiply fp32 matrices with. The operation is not public, so it may be missing one day."""
+    found = {"float": F.linear}
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        found["oneDNN float"] = onednn
+    return found
+
+
+def float_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None, multiply: Multiply = F.linear) -> Tensor:
     """x (M, K) -> (M, N)"""
-    y = result(len(x), w.out_features)
-    rows = max(1, min(w.out_features, WEIGHTS // w.in_features))
+    n, rows = w.out_features, max(1, min(w.out_features, WEIGHTS // w.in_features))
     part = scratch("dense", (rows, w.in_features), torch.float32)
-    for i in range(0, w.out_features, rows):
-        j = min(w.out_features, i + rows)
-        torch.mm(x, dense(w, i, j, part[: j - i]).t(), out=y[:, i:j])
-    return y if bias is None else y.add_(bias)
+    if rows == n:
+        return multiply(x, dense(w, 0, n, part), bias)
+    y = result(len(x), n)
+    for i in range(0, n, rows):
+        j = min(n, i + rows)
+        y[:, i:j] = multiply(x, dense(w, i, j, part[: j - i]), None if bias is None else bias[i:j])
+    return y
 
 
 def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> Tensor:
@@ -57,11 +75,14 @@ def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads:
     return y
 
 
-def patches_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> Tensor:
+def patches_conv(
+    w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation, multiply: Multiply = F.linear
+) -> Tensor:
     """As float_conv, by cutting out patches: faster where there are few pixels and many weights."""
     x = F.pad(x, pads).permute(0, 2, 3, 1).contiguous()
     cut = windows(x, w.shape, stride, dilation)
-    y = float_linear(w, cut.reshape(-1, w.in_features), bias)
+    rows = scratch("patches32", tuple(cut.shape), torch.float32).copy_(cut).view(-1, w.in_features)
+    y = float_linear(w, rows, bias, multiply)
     return y.view(*cut.shape[:3], -1).permute(0, 3, 1, 2)
 
 

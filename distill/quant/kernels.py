@@ -22,6 +22,8 @@ LoRA is held to) and a second copy of the codes, and rows are few in 0.1 % of a 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,7 +122,8 @@ def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str) 
         y, error = cpu.int8_linear(w, x, bias)
         if activations == "int8" or error <= ROUNDING:
             return y
-    found = choose.way("linear", {"float": cpu.float_linear}, plain, w, x, 1, choose.FLOAT)
+    ways = {name: partial(cpu.float_linear, multiply=f) for name, f in cpu.multipliers().items()}
+    found = choose.way("linear", ways, plain, w, x, 1, choose.FLOAT)
     return (found or plain)(w, x, bias)
 
 
@@ -138,9 +141,6 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
     def direct(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return cpu.float_conv(w, x, bias, *geometry)
 
-    def patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-        return cpu.patches_conv(w, x, bias, *geometry)
-
     count = pixels(x, stride)
     if integer_weight(w, count, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
         y, error = cpu.int8_conv(w, x, bias, *geometry)
@@ -148,8 +148,13 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
             return y
     ways = {"direct": direct}
     if count * w.in_features <= cpu.PATCHES:
-        ways["patches"] = patches
+        for name, multiply in cpu.multipliers().items():
+            ways[f"patches, {name}"] = partial(_patches, geometry=geometry, multiply=multiply)
     return (choose.way(geometry, ways, plain, w, x, 1, choose.FLOAT) or plain)(w, x, bias)
+
+
+def _patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None, geometry, multiply) -> Tensor:
+    return cpu.patches_conv(w, x, bias, *geometry, multiply)
 
 
 def pixels(x: Tensor, stride) -> int:

@@ -113,8 +113,9 @@ def test_patches_and_torchs_own_convolution_agree(shape, n, kernel, group, argum
     pads = kernels.pads_of(conv.padding, conv.kernel_size, conv.dilation)
     ways = [f(w, x, conv.bias.data, conv.stride, pads, conv.dilation) for f in (cpu.float_conv, cpu.patches_conv)]
     monkeypatch.setattr(cpu, "WEIGHTS", 3 * w.in_features)  # three output channels at a time
-    ways.append(cpu.float_conv(w, x, conv.bias.data, conv.stride, pads, conv.dilation))
-    assert error(ways[1], ways[0]) < 2e-6 and error(ways[2], ways[0]) < 2e-6
+    args = (w, x, conv.bias.data, conv.stride, pads, conv.dilation)
+    ways += [cpu.float_conv(*args), *(cpu.patches_conv(*args, multiply) for multiply in cpu.multipliers().values())]
+    assert all(error(y, ways[0]) < 2e-6 for y in ways)
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in ways)
 
 
@@ -384,7 +385,8 @@ def wrong_from(columns):
     (lambda w, x, bias: x[:, :60] @ w.matrix().t(), "it fails"),
 ])  # fmt: skip
 def test_a_wrong_kernel_is_refused_aloud_and_plain_serves(compute, words, monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "float_linear", compute)
+    monkeypatch.setattr(cpu, "float_linear", lambda w, x, bias, multiply: compute(w, x, bias))
+    monkeypatch.setattr(cpu, "multipliers", lambda: {"float": F.linear})
     w, x = weight("4 bits", 48, 64), torch.randn(20, 64)
     with caplog.at_level(logging.WARNING):
         y = kernels.linear(w, x, None, "float")
