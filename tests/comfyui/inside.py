@@ -434,8 +434,12 @@ def velocity(patcher, inputs):
 
 
 def model_of(weights: dict):
-    model, clip, _ = detect.load(Path("file"), dict(weights), {}, [], "float")
+    model, clip, vae = detect.load(Path("file"), dict(weights), {}, [], "float")
     assert clip is None
+    try:
+        vae.decode(torch.zeros(1, 4, 8, 8))
+    except RuntimeError as e:
+        assert "VAE is invalid" in str(e)
     return model
 
 

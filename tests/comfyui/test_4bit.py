@@ -91,6 +91,19 @@ def test_every_sampler_takes_it(client, quantized):
     close(latent_of(client, advanced), expected, 1e-5)
 
 
+def test_the_text_encoder_and_the_vae_of_a_whole_file_come_too(client, quantized):
+    graph = one_step(OUT) | load_4bit(OUT) | {"decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2])}
+    graph["image"] = node("PreviewImage", images=["decode", 0])
+    expected = client.run(graph)
+    graph["positive"]["inputs"]["clip"], graph["decode"]["inputs"]["vae"] = ["four", 1], ["four", 2]
+    graph["sample"]["inputs"]["model"] = ["four", 0]
+    found = client.run(graph)
+    assert not found.errors, found.errors
+    a, b = (client.latent(run.outputs["save"]["latents"][0]) for run in (found, expected))
+    assert relative(a, b) < 0.03
+    assert client.image(found.outputs["image"]["images"][0]).size == (64, 64)
+
+
 def test_a_file_just_made_goes_straight_into_a_loader(client, folder):
     graph = one_step("student.safetensors", model=("four", 0)) | quantize("student.safetensors", name="chained")
     graph |= load_4bit(["quantize", 0])
