@@ -100,14 +100,12 @@ class OneStepQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None, name=None, method=None, bits=None) -> bool | str:
+    def validate_inputs(cls, file=None, name=None) -> bool | str:
         try:
             if file is not None:
                 read_header(locate(file, FOLDERS))
             if file is not None and name is not None:
                 target(file, name)
-            if method is not None and method not in METHODS:
-                return f"method {method!r} is none of {', '.join(METHODS)}."
         except CheckpointError as e:
             return str(e)
         return True
@@ -145,6 +143,8 @@ def statistics(source: Path, options, prompts: str):
     from .native import calibrate
 
     meta = checkpoint.read_metadata(source)
+    if meta.architecture.get("text_encoder") is None:
+        return None, "data-free: the file has no text encoder to read prompts with"
     given = [line.strip() for line in prompts.splitlines() if line.strip()] or calibrate.default_prompts(meta)
     stats = calibrate.calibrate(source, meta, given, options.text_encoder, progress())
     return stats, calibrate.said(meta, given)

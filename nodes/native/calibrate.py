@@ -49,8 +49,8 @@ def calibrate(
 def picture(model, clip, meta: Metadata, prompt: str, seed: int) -> None:
     """Sample one, the way the file recommends; what comes out is of no interest."""
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(p)) for p in (prompt, ""))
-    side = meta.architecture["unet"].get("sample_size") or 32
-    latent = torch.zeros(1, meta.latent["channels"], side, side)
+    size = meta.architecture["unet"].get("sample_size") or 32  # one number, or height and width
+    latent = torch.zeros(1, meta.latent["channels"], *([size, size] if isinstance(size, int) else size))
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     student = meta.guidance.get("baked")
     guider = comfy.samplers.CFGGuider(model)

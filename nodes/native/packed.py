@@ -189,7 +189,7 @@ def stock_shape(weights: Mapping[str, Tensor], layer: str, spec: dict) -> tuple[
     shape = list(weights[f"{layer}.weight"].shape)
     if spec["format"] in HALF:
         shape[-1] *= 2
-    return tuple(spec.get("orig_shape", shape))
+    return tuple(shape)
 
 
 def float_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
