@@ -8,16 +8,17 @@
 
 `activations` says which: "float" never rounds them; "int8" does wherever an integer kernel exists; "auto" does where
 
-    - there are more rows than FEW (below, unpacking is all the time), and multiplications enough to pay (WORTH),
+    - a sample has more rows than FEW (below, unpacking is all the time), and multiplications enough to pay (WORTH),
     - this machine multiplies int8 faster than fp32 (`choose.integers_are_fast`, measured once a process),
     - the weight's rows fit int8 (`unpack.coarseness`),
     - this very input does: else the output is computed again in fp32 (`cpu.rounding_error`).
 
 Each of these depends on the layer, the machine and the input alone, so the same seed gives the same image whatever ran
-before. Ways that give the same numbers are chosen by time, and any way is refused, aloud, where it disagrees with
-plain: see choose.py. torch's own int4 multiplication (`_weight_int4pack_mm_for_cpu`) is not among them: with one row it
-is 7 times faster than fp32 and these ways 2 times slower, but it needs bf16 activations (error 3e-3, past the 1e-3 that
-LoRA is held to) and a second copy of the codes, and rows are few in 0.1 % of a U-Net's time.
+before, and whatever else is in its batch. Ways that give the same numbers are chosen by time, and any way is refused,
+aloud, where it disagrees with plain: see choose.py. torch's own int4 multiplication (`_weight_int4pack_mm_for_cpu`) is
+not among them: with one row it is 7 times faster than fp32 and these ways 2 times slower, but it needs bf16 activations
+(error 3e-3, past the 1e-3 that LoRA is held to) and a second copy of the codes, and rows are few in 0.1 % of a U-Net's
+time.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from .weight import QuantizedWeight, from_matrix
 FEW = 16
 """rows"""
 WORTH = 1 << 25
-"""multiplications: with fewer, calling torch takes longer than they do, and int8 needs more calls (measured: as fast as
-fp32 from 20 million on for a Linear, 50 for a 3x3 convolution)"""
+"""multiplications a sample: with fewer, calling torch takes longer than they do, and int8 needs more calls (measured: as
+fast as fp32 from 20 million on for a Linear, 50 for a 3x3 convolution)"""
 ROUNDING = 0.04
 """largest relative error of an output from its input's rounding; Gaussian inputs have 0.01. 4-bit weights err by 0.1 a
 layer, and errors add as squares"""
@@ -51,7 +52,8 @@ def linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str 
     """x (..., K) -> (..., N)"""
     if _plain(x):
         return F.linear(x, w.dequantize(x.dtype), bias)
-    dense = _small(w, x, x.numel() // x.shape[-1], activations)
+    each = x.shape[-2] if x.ndim > 1 else 1
+    dense = _small(w, x, each, activations)
     if dense is not None:
         return F.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
@@ -59,7 +61,7 @@ def linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str 
         rows = rows.float()
     if w.pre_quant_scale is not None:
         rows = rows * w.pre_quant_scale.to(rows.dtype)
-    y = _rows(w, rows, None if bias is None else bias.to(rows.dtype), activations)
+    y = _rows(w, rows, None if bias is None else bias.to(rows.dtype), each, activations)
     if w.up is not None:
         y.addmm_(rows @ w.down.to(rows.dtype).t(), w.up.to(rows.dtype).t())
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -105,8 +107,8 @@ def pads_of(padding, kernel, dilation) -> cpu.Pads:
 # --------------------------------------------------------------------------------------------------- the choices
 
 
-def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str) -> Tensor:
-    """x (M, K), already times pre_quant_scale -> (M, N)"""
+def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, each: int, activations: str) -> Tensor:
+    """x (M, K), already times pre_quant_scale, `each` rows a sample -> (M, N)"""
 
     def plain(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, w.matrix(x.dtype), bias)
@@ -118,7 +120,7 @@ def _rows(w: QuantizedWeight, x: Tensor, bias: Tensor | None, activations: str) 
         ways = {"comfy-kitchen": kitchen.linear} if kitchen.applies(w, x) else {}
         found = ways and choose.way("linear", ways, plain, w, x, 1, choose.HALF)
         return (found or plain)(w, x, bias)
-    if integer_weight(w, len(x), activations) and choose.way("linear", {"int8": int8}, plain, w, x, 1, choose.INT8):
+    if integer_weight(w, each, activations) and choose.way("linear", {"int8": int8}, plain, w, x, 1, choose.INT8):
         y, error = cpu.int8_linear(w, x, bias)
         if activations == "int8" or error <= ROUNDING:
             return y
@@ -141,13 +143,14 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
     def direct(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return cpu.float_conv(w, x, bias, *geometry)
 
-    count = pixels(x, stride)
-    if integer_weight(w, count, activations) and choose.way(geometry, {"int8": int8}, plain, w, x, 1, choose.INT8):
+    if integer_weight(w, pixels(x, stride), activations) and choose.way(
+        geometry, {"int8": int8}, plain, w, x, 1, choose.INT8
+    ):
         y, error = cpu.int8_conv(w, x, bias, *geometry)
         if activations == "int8" or error <= ROUNDING:
             return y
     ways = {"direct": direct}
-    if count * w.in_features <= cpu.PATCHES:
+    if len(x) * pixels(x, stride) * w.in_features <= cpu.PATCHES:
         for name, multiply in cpu.multipliers().items():
             ways[f"patches, {name}"] = partial(_patches, geometry=geometry, multiply=multiply)
     return (choose.way(geometry, ways, plain, w, x, 1, choose.FLOAT) or plain)(w, x, bias)
@@ -158,8 +161,8 @@ def _patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None, geometry, multi
 
 
 def pixels(x: Tensor, stride) -> int:
-    """Of the output, about."""
-    return len(x) * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
+    """Of an output image, about."""
+    return x.shape[2] * x.shape[3] // (stride[0] * stride[1])
 
 
 def _small(w: QuantizedWeight, x: Tensor, rows: int, activations: str) -> Tensor | None:
@@ -170,7 +173,7 @@ def _small(w: QuantizedWeight, x: Tensor, rows: int, activations: str) -> Tensor
 
 
 def integer_weight(w: QuantizedWeight, rows: int, activations: str) -> bool:
-    """Whether integers are wanted for this layer, as far as that does not depend on the numbers it is given."""
+    """Whether integers are wanted for this layer and `rows` a sample, whatever the numbers it is given."""
     if activations == "float" or w.codebook is not None or w.in_features > LONGEST:
         return False
     if activations == "int8":
