@@ -37,8 +37,8 @@ from .weight import QuantizedWeight, from_matrix
 FEW = 16
 """rows"""
 WORTH = 1 << 25
-"""multiplications a sample: with fewer, calling torch takes longer than they do, and int8 needs more calls (measured: as
-fast as fp32 from 20 million on for a Linear, 50 for a 3x3 convolution)"""
+"""multiplications a sample: with fewer, calling torch takes longer than they do, and int8 needs more calls (measured:
+as fast as fp32 from 20 million on for a Linear, 50 for a 3x3 convolution)"""
 ROUNDING = 0.04
 """largest relative error of an output from its input's rounding; Gaussian inputs have 0.01. 4-bit weights err by 0.1 a
 layer, and errors add as squares"""
