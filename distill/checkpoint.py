@@ -23,7 +23,7 @@ import torch
 from . import layouts
 from .autoencoder import PatchAutoencoder
 from .layouts import TEXT, UNET, VAE, Weights, is_patch
-from .metadata import CheckpointError, Metadata, read_metadata
+from .metadata import CheckpointError, Metadata, read_metadata  # noqa: F401  (part of this module's face)
 from .persist import write_beside
 from .quant.layers import install
 from .quant.weight import QuantError, layers
@@ -154,14 +154,15 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = 
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Read and check a whole file. Raises CheckpointError for anything that is not a sound OneStep file."""
-    from safetensors.torch import load_file
+    """Read and check a whole file: safetensors, or the GGUF that `distill quantize --format gguf` makes of one. Raises
+    CheckpointError for anything that is not a sound OneStep file."""
+    from .quant import formats
 
-    meta = read_metadata(path)
-    weights = load_file(path)
-    if part(weights, UNET) is None:
+    loaded = formats.read(path)
+    meta = Metadata.from_strings(loaded.metadata, path)
+    if part(loaded.weights, UNET) is None:
         raise CheckpointError(f"{path}: no weights under {UNET!r}. Write the file with distill.checkpoint.write.")
-    return Checkpoint(weights, meta)
+    return Checkpoint(loaded.weights, meta)
 
 
 # ------------------------------------------------------------------------------------------------ file -> modules

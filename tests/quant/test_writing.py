@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from distill import checkpoint
 from distill.metadata import CheckpointError
 from distill.quant.formats import read, write
 from distill.quant.weight import QuantizedWeight, layers
@@ -232,3 +234,25 @@ def test_gguf_of_t5_and_of_a_onestep_file(tmp_path):
     assert loaded.metadata["onestep.version"] == "1" and torch.equal(
         loaded.weights["first_stage_model.x"], torch.ones(3)
     )
+
+
+def test_a_onestep_file_as_gguf_is_one_still(tmp_path):
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    path, out = tmp_path / "s.safetensors", tmp_path / "s.gguf"
+    tiny.write(path)
+    original = checkpoint.read(path)
+    done = write(out, original.weights, original.meta.to_strings(), "gguf:Q8_0")
+    assert done.layers and not done.left_out
+    found = checkpoint.read(out)
+    assert found.meta == original.meta
+    one, other = checkpoint.build(path), checkpoint.build(out)
+    g, config = torch.Generator().manual_seed(4), one.unet.config
+    x, c = (
+        torch.randn(1, config.in_channels, 8, 8, generator=g),
+        torch.randn(1, 7, config.cross_attention_dim, generator=g),
+    )
+    pooled = torch.randn(1, config.projection_class_embeddings_input_dim, generator=g)
+    with torch.no_grad():
+        a, b = (m.unet(x, 500, c, class_labels=pooled).sample for m in (one, other))
+    assert 0 < (a - b).norm() < 0.03 * a.norm()
+    assert set(tmp_path.iterdir()) == {path, out}

@@ -16,7 +16,7 @@ STRANGERS = (
     (b"PK\x03\x04", "a zip archive: a PyTorch checkpoint (.ckpt, .pt, .pth), which may run code when it is opened"),
     (b"\x80", "a pickle, which may run code when it is opened"),
     (b"<", "a web page: the download failed or wanted a login"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself"),
+    (b"version https://git-lfs", "a git-lfs pointer; fetch the real file with `git lfs pull`"),
     (b"\x93NUMPY", "a numpy array"),
     (b"\x89HDF", "an HDF5 file"),
 )
@@ -76,7 +76,7 @@ def is_gguf(path: Path) -> bool:
     safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
     for magic, what in STRANGERS:
         if start.startswith(magic) and not safetensors:  # a header's length may begin with any byte
-            raise CheckpointError(f"{path}: {what}. Get the model as safetensors or GGUF.")
+            raise CheckpointError(f"{path}: not a safetensors file but {what}. Convert it, or get safetensors or GGUF.")
     return start.startswith(gguf.MAGIC)
 
 
