@@ -10,6 +10,7 @@ Weights are dequantized and run dense (a kernel's own error is not in the table)
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from contextlib import nullcontext
@@ -36,6 +37,8 @@ class Options:
     teacher_n: int = 48
     """Pictures of the teacher a row; half as many of held-out prompts."""
     models: tuple[str, ...] = ("student", "teacher")
+    only: str = ""
+    """A regular expression: only rows whose name it is found in ("4 bits: .*(AWQ|budget)")."""
     docs: Path = Path("docs")
     seed: int = 0
 
@@ -66,6 +69,8 @@ def main(o: Options) -> None:
         print(name, "dense", found[name]["dense"], flush=True)
         for group, some in ROWS.items():
             for row, how in some.items():
+                if not re.search(o.only, f"{group}: {row}"):
+                    continue
                 found[name][f"{group}: {row}"] = one(source, how, judge, o)
                 print(name, group, row, found[name][f"{group}: {row}"], flush=True)
     o.docs.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ encoder by itself. Their weights are streamed from the file, so the model may be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import read_prompts
 from ..metadata import CheckpointError
-from .source import Source, open_source
+from .source import Source, open_source, read_json
 from .stream import Renamed, skeleton, stream
 from .subject import Subject
 
@@ -32,13 +31,13 @@ STEPS, SAMPLES, TEXTS = 8, 4, 64
 
 
 def open_folder(source: Source, options) -> tuple[Subject | None, str]:
-    config = json.loads((source.folder / "config.json").read_text())
+    config = read_json(source.folder / "config.json")
     if "_class_name" not in config:
         return Text.open(source, options, config)
     index = source.folder.parent / "model_index.json"
     if not index.is_file():
         return None, f"data-free: {index} is not there, which tells how the model is run"
-    return Pipeline.open(source, options, json.loads(index.read_text()))
+    return Pipeline.open(source, options, read_json(index))
 
 
 def named(module: nn.Module, source: Source) -> dict[str, str]:
@@ -72,9 +71,9 @@ class Pipeline(Subject):
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
         root, part = source.folder.parent, source.folder.name
-        if part not in index or index[part][0] != "diffusers":
+        kind = getattr(diffusers, str(index.get(part, ["", ""])[1]), None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
             return None, f"data-free: {root / 'model_index.json'} knows no {part} of diffusers'"
-        kind = getattr(diffusers, index[part][1])
         net = skeleton(lambda: kind.from_config(kind.load_config(source.folder)))
         self = cls({"net": net}, {f"net.{n}": k for n, k in named(net, source).items()}, source)
         texts = {n: _text(root / n, index[n]) for n in index if n.startswith("text_encoder") and index[n][0]}

@@ -112,9 +112,15 @@ def quantize_file(
     subject, calibration = _calibration(source, options, parts, stats)
     if subject is not None:
         stats = subject.calibrate([k for k, why in plan.items() if why == ""], options, progress)
-    method, stats = method_of(options, stats, calibration), stats or {}
+    method = method_of(options, stats, calibration)
+    stats = {k.removesuffix(".weight"): s for k, s in (stats or {}).items()}
+    unseen = [k for k, why in plan.items() if why == "" and k not in stats]
+    if stats and unseen:
+        log.warning(
+            "%d layers never ran in calibration and go by their weights: %s", len(unseen), ", ".join(unseen[:5])
+        )
     report = Report(str(source.path), str(out), method, calibration, size_before=source.nbytes)
-    work = Walk(source, options, method, {k.removesuffix(".weight"): s for k, s in stats.items()}, progress)
+    work = Walk(source, options, method, stats, progress)
     choices, report.sensitivity = work.choose(plan, subject)
     weights, report.layers = work.quantize(plan, choices, parts)
     metadata = source.metadata | {"quantization": json.dumps(_card(options, method) | report.summary())}

@@ -167,7 +167,7 @@ def _folder(folder: Path) -> Source:
     entries: dict[str, Entry] = {}
     for file in shards(folder):
         entries |= _file(file)[0]
-    diffusers = "_class_name" in json.loads((folder / "config.json").read_text())
+    diffusers = "_class_name" in read_json(folder / "config.json")
     return Source(folder, entries, {}, folder, "" if diffusers else "text")
 
 
@@ -175,14 +175,26 @@ def shards(folder: Path) -> list[Path]:
     """A part's weight files: those of its index, or the one safetensors file (without a variant, of two)."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"), key=lambda p: len(p.name))), None)
     if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(n).name != n for n in names):
+        names = read_json(index).get("weight_map")
+        names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
+        if any(Path(n).name != n or not n for n in names):
             raise CheckpointError(f"{index}: names files outside its folder. Download the model again.")
         return [folder / n for n in names]
     files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
     if not files:
         raise CheckpointError(f"{folder}: no safetensors file there. Save the model with safe_serialization=True.")
     return files[:1]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises CheckpointError naming the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot be read ({e}). Download the model again.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: is no JSON object. Download the model again.")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ what to quantize
