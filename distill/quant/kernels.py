@@ -167,7 +167,7 @@ def pixels(x: Tensor, stride) -> int:
 
 def _small(w: QuantizedWeight, x: Tensor, rows: int, activations: str) -> Tensor | None:
     """The dense weight of a layer too small for anything else to pay."""
-    if x.device.type != "cpu" or integer_weight(w, rows, activations):
+    if x.device.type != "cpu" or activations == "int8" or rows * w.out_features * w.in_features >= WORTH:
         return None
     return small_dense(w)
 

@@ -304,6 +304,7 @@ def test_threads_do_not_share_buffers():
 @pytest.mark.parametrize("small", [0, 1 << 20])
 def test_inference_mode_leaves_nothing_behind_that_others_may_not_write(small, monkeypatch):
     monkeypatch.setattr(remember, "SMALL", small)
+    monkeypatch.setattr(kernels, "WORTH", 1 << 25 if small else 0)
     memory._buffers.__dict__.clear()
     w, x = weight("4 bits", 48, 64), torch.randn(30, 64)
     v, image = weight("4 bits", 64, 32, 3, 3), torch.randn(1, 32, 9, 9)
@@ -333,6 +334,7 @@ def test_big_buffers_are_not_kept(monkeypatch):
 
 def test_small_layers_are_dequantized_once(monkeypatch):
     monkeypatch.setattr(remember, "SMALL", 10_000)
+    monkeypatch.setattr(kernels, "WORTH", 1 << 25)
     w, x = weight("everything", 24, 64), torch.randn(40, 64)
     v, image = weight("everything", 24, 16, 3, 3, group=16), torch.randn(2, 16, 8, 8)
     args = (None, (1, 1), (1, 1), (1, 1), 1, "float")
