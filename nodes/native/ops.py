@@ -59,10 +59,10 @@ class Quantized(QuantizedLayer):
         self.weight = torch.nn.Parameter(torch.empty(self.dense_shape, device="meta", dtype=dtype), requires_grad=False)
 
     @property
-    def dense_shape(self) -> tuple[int, ...]:
+    def dense_shape(self) -> torch.Size:
         if isinstance(self, torch.nn.Conv2d):
-            return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return (self.out_features, self.in_features)
+            return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+        return torch.Size((self.out_features, self.in_features))
 
     @property
     def weight(self):
@@ -76,8 +76,8 @@ class Quantized(QuantizedLayer):
 
     def _load_from_state_dict(self, sd: dict, prefix: str, metadata, strict, missing, unexpected, errors):
         weight = sd.get(f"{prefix}weight")
-        if weight is not None and tuple(weight.shape) != self.dense_shape:
-            errors.append(f"{prefix}weight is {tuple(weight.shape)}, not {self.dense_shape}.")
+        if weight is not None and weight.shape != self.dense_shape:
+            errors.append(f"{prefix}weight is {tuple(weight.shape)}, not {tuple(self.dense_shape)}.")
             return
         held = getattr(weight, "held", None)
         if isinstance(held, StockWeight) and not isinstance(self, torch.nn.Conv2d):

@@ -225,6 +225,25 @@ def check_lora_with_a_low_rank_branch_in_the_file():
     assert error(image(*with_lora(q, (file, 1.0))), image(*with_lora(d, (file, 1.0)))) < 1e-4
 
 
+def check_lora_beside_rounded_activations():
+    """Where the layers round their input, the branches do not: what a LoRA adds is what it adds to exact layers."""
+    (q, clip), d = pair()
+    for key, layer in q.quantized():
+        x = rand(3, layer.in_channels, 8, 8) if isinstance(layer, torch.nn.Conv2d) else rand(64, layer.in_features)
+        layer.activations = "int8"
+        plain = layer(x)
+        adapter = comfy.lora.weight_adapter.lora.LoRAAdapter
+        up, down = rand(layer.dense_shape[0], 4), rand(4, layer.dense_shape[1:].numel(), seed=1)
+        patch = (0.5, adapter(set(), (up, down, 2.0, None, None, None)), 1.0, None, None)
+        layer.set_patches(key, [patch])
+        added = layer(x) - plain
+        low = (0.25 * up @ down).view(layer.dense_shape)
+        expected = layer._conv_forward(x, low, None) if x.ndim == 4 else x @ low.t()
+        assert error(added, expected) < 1e-4, key
+        layer.set_patches(key, [])
+        assert torch.equal(layer(x), plain), key
+
+
 def check_lora_in_low_vram():
     q, d = pair()
     plain = call(q[0])
