@@ -72,26 +72,16 @@ def write(
         if not key.startswith(prefix) and not whole:
             done.left_out.append(key)
             continue
-        name = key if whole else key.removeprefix(prefix)
-        if architecture == "t5encoder":
-            name = to_llama_cpp(name)
-            if key == "encoder.embed_tokens.weight" and "shared.weight" in weights:  # one table under two names
-                continue
-        if len(name) > LONGEST:
-            raise CheckpointError(f"{path}: ggml holds names of {LONGEST} characters, not {name!r}. Choose a format.")
-        t = weights[key]
-        if is_matrix(key, t) and key in wanted and t.numel() % ROW == 0 and kind not in ("F16", "BF16"):
-            array, type_ = _quantized(gguf, t.float(), kind)
-            back = torch.from_numpy(gguf.dequantize(array, type_)).view(t.shape)
-            done.layers[key.removesuffix(".weight")] = relative(back, t.float())
-        else:
-            array, type_ = _dense(gguf, t, kind)
-            if is_matrix(key, t) and key.startswith(prefix):
-                done.dense[key.removesuffix(".weight")] = "not chosen" if key not in wanted else f"{t.numel()} numbers"
-        array, shape = _folded(array, type_, tuple(t.shape), gguf)
-        if shape:
-            writer.add_array(ORIGINAL + name, list(shape))
-        writer.add_tensor(name, array, raw_dtype=type_)
+        if architecture == "t5encoder" and key == "encoder.embed_tokens.weight" and "shared.weight" in weights:
+            continue  # one table under two names
+        name = _name(path, key if whole else key.removeprefix(prefix), architecture)
+        t, layer = weights[key], key.removesuffix(".weight")
+        fits = key in wanted and is_matrix(key, t) and t.numel() % ROW == 0 and kind not in ("F16", "BF16")
+        error = _add(gguf, writer, name, t, kind, fits)
+        if fits:
+            done.layers[layer] = error
+        elif is_matrix(key, t) and key.startswith(prefix):
+            done.dense[layer] = "not chosen" if key not in wanted else f"{t.numel()} numbers are no multiple of {ROW}"
 
     def save(temporary: Path) -> None:
         writer.write_header_to_file(path=temporary)
@@ -104,6 +94,26 @@ def write(
     return done
 
 
+def _name(path: Path, key: str, architecture: str) -> str:
+    name = to_llama_cpp(key) if architecture == "t5encoder" else key
+    if len(name) > LONGEST:
+        raise CheckpointError(f"{path}: ggml holds names of {LONGEST} characters, not {name!r}. Choose another format.")
+    return name
+
+
+def _add(gguf, writer, name: str, t: Tensor, kind: str, quantize: bool) -> float:
+    """One tensor into the file; its relative error, 0 where it stays dense."""
+    array, type_ = (_quantized if quantize else _dense)(gguf, t, kind)
+    error = 0.0
+    if quantize:
+        error = relative(torch.from_numpy(gguf.dequantize(array, type_)).view(t.shape), t.float())
+    array, shape = _folded(array, type_, tuple(t.shape), gguf)
+    if shape:
+        writer.add_array(ORIGINAL + name, list(shape))
+    writer.add_tensor(name, array, raw_dtype=type_)
+    return error
+
+
 def architecture_of(path: Path, keys: Collection[str]) -> str:
     for name, needed in ARCHITECTURES:
         if all(k in keys for k in needed):
@@ -112,9 +122,9 @@ def architecture_of(path: Path, keys: Collection[str]) -> str:
     raise CheckpointError(f"{path}: ComfyUI-GGUF has no name for this model; it reads {known}. Choose another format.")
 
 
-def _quantized(gguf, w: Tensor, kind: str):
+def _quantized(gguf, t: Tensor, kind: str):
     """Raw blocks, (rows, bytes). Rows as long as they may be: the package loops over them."""
-    type_ = gguf.GGMLQuantizationType[kind]
+    type_, w = gguf.GGMLQuantizationType[kind], t.float()
     rows = w.reshape(w.shape[0], -1)
     if rows.shape[1] % 32:
         rows = w.reshape(-1, ROW)
