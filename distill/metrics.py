@@ -167,7 +167,8 @@ class Report:
 
 COLUMNS = {
     "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
-    "entropy": "entropy_ratio", "short": "short_accuracy", "short clean": "short_clean", "sharp": "sharpness_ratio", "clean": "clean",
+    "entropy": "entropy_ratio", "short": "short_accuracy", "short clean": "short_clean", "sharp": "sharpness_ratio",
+    "clean": "clean",
 }  # fmt: skip
 """What tables show: heading and field of Report."""
 
