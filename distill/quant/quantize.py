@@ -123,7 +123,7 @@ def quantize_file(
     work = Walk(source, options, method, stats, progress)
     choices, report.sensitivity = work.choose(plan, subject)
     weights, report.layers = work.quantize(plan, choices, parts)
-    metadata = source.metadata | {"quantization": json.dumps(_card(options, method) | report.summary())}
+    metadata = source.card | {"quantization": json.dumps(_card(options, method) | report.summary())}
     save(out, weights, metadata)
     report.size_after = out.stat().st_size
     if subject is not None:

@@ -102,6 +102,11 @@ class Source(Mapping):
         return "onestep.version" in self.metadata
 
     @property
+    def card(self) -> dict[str, str]:
+        """The metadata without the figures: those were measured on other weights than a quantized file holds."""
+        return {k: v for k, v in self.metadata.items() if k != "metrics" or not self.is_onestep}
+
+    @property
     def nbytes(self) -> int:
         return sum(e.size for e in self.entries.values())
 

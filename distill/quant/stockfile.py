@@ -26,7 +26,7 @@ def write(source: Source, out: Path, options, plan: dict[str, str], progress: Pr
     if options.keep:
         chosen = (k.removesuffix(".weight") for k in candidates(weights, None)[0])
         only = [k for k in chosen if not any(re.search(pattern, k) for pattern in options.keep)]
-    done = formats.write(out, weights, source.metadata, options.format, only, progress)
+    done = formats.write(out, weights, source.card, options.format, only, progress)
     why = "data-free: this format rounds by its own rules"
     report = Report(str(source.path), str(out), options.format, why, size_before=source.nbytes)
     for new in weights:
