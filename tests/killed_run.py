@@ -1,4 +1,4 @@
-"""Runs that are meant to be killed (test_train.py): forks a training process for each line on stdin, prints its steps.
+"""Runs that are meant to be killed (test_resume.py): forks a training process for each line on stdin, prints its steps.
 
 One process imports torch, the forks start at once. No torch operation runs before a fork, so no threads are lost.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.utils.tensorboard  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_train import TINY, batches, build  # noqa: E402
+from small_runs import TINY, batches, build  # noqa: E402
 
 from distill.train import train  # noqa: E402
 

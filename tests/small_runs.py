@@ -1,0 +1,83 @@
+"""Small runs of the training loop, for test_train.py and test_resume.py."""
+
+import copy
+import gc
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill import persist
+from distill import schedule as S
+from distill.coach import CopyCoach, LoraCoach
+from distill.denoiser import from_net
+from distill.methods.regression import Regression, RegressionOptions
+from distill.methods.sds import SDS, SDSOptions
+from distill.methods.vsd import VSD, VSDOptions
+from distill.sample import one_step
+from distill.toy import MLP
+from distill.train import TrainOptions, train
+
+SCHEDULE = S.flow()
+TINY = TrainOptions(steps=12, save_every=4, log_every=3, lr=1e-3, coach_lr=2e-3, coach_steps=2, accumulate=2, seed=7)
+
+
+class Net(nn.Module):
+    """An MLP with a prompt of two numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = MLP(4, 16, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, index, cond):
+        return self.mlp(torch.cat([x, cond["c"]], 1), index)[:, :2]
+
+
+def make(net):
+    return from_net(net, SCHEDULE, "x0")
+
+
+def build(kind):
+    """(method, student, coach), always the same."""
+    net = Net()
+    student, null = copy.deepcopy(net), {"c": torch.zeros(1, 2)}
+    if kind == "lora":
+        coach = LoraCoach(net, make, rank=4, generator=torch.Generator().manual_seed(1))
+    else:
+        coach = CopyCoach(net, make)
+    if kind == "sds":
+        return SDS(SDSOptions(), one_step(make(student)), coach, null), student, None
+    if kind == "regression":
+        return Regression(RegressionOptions(), one_step(make(student))), student, None
+    options = VSDOptions(guidance=1.0, guidance_max=3.0, coach_batch="shared" if kind == "shared" else "fresh")
+    return VSD(options, one_step(make(student)), coach, null), student, coach
+
+
+def batches(step, generator):
+    cond = {"c": torch.randn(8, 2, generator=generator)}
+    z, x0 = torch.randn(2, 8, 2, generator=generator)
+    return {"cond": cond, "shape": (8, 2), "z": z, "x0": x0}
+
+
+def run(kind, out=None, options=TINY, resume=False, stop=None, source=batches):
+    """Train to the end or to step `stop`; the last step."""
+    step = None
+    for step in train(*build(kind), source, options, out, resume):
+        if step.step == stop:
+            break
+    gc.collect()
+    return step
+
+
+def contents(out):
+    """Everything in the newest checkpoint but the clock."""
+    tensors, state, path = persist.load(Path(out) / "checkpoints")
+    return tensors, {k: v for k, v in state.items() if k != "seconds"}, path.name
+
+
+def assert_same(a, b):
+    (tensors_a, state_a, name_a), (tensors_b, state_b, name_b) = contents(a), contents(b)
+    assert name_a == name_b and state_a == state_b and tensors_a.keys() == tensors_b.keys()
+    for key in tensors_a:
+        assert torch.equal(tensors_a[key], tensors_b[key]), key
