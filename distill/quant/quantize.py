@@ -77,6 +77,8 @@ class Quantize:
         if self.budget is not None and (self.method in ("svd", "smoothquant") or self.format != "onestep"):
             what = self.method if self.format == "onestep" else f"format {self.format}"
             raise QuantError(f"a budget chooses bits for auto, rtn, clip, scale and awq; {what} takes none")
+        if self.text_encoder and self.format != "onestep":
+            raise QuantError(f"format {self.format} quantizes diffusion models only: leave out --text-encoder")
         for pattern in self.keep:
             try:
                 re.compile(pattern)

@@ -235,6 +235,8 @@ def test_refusals_name_the_file_and_the_cure(student, tmp_path):
         quantize_file(student, out, Quantize(method="awq", calibrate=False))
     with pytest.raises(QuantError, match="Raise --budget"):
         quantize_file(student, out, Quantize(budget=2.0, calibrate=False))
+    with pytest.raises(QuantError, match="leave out --text-encoder"):
+        Quantize(format="nvfp4", text_encoder=True)
     with pytest.raises(QuantError, match="no regular expression"):
         Quantize(keep=("(",))
     save_file({"decoder.conv_in.weight": torch.ones(32, 32, 3, 3)}, tmp_path / "vae.safetensors")
