@@ -4,33 +4,20 @@
 both on the same input and writes FOLDER/errors.json: file -> [relative error, quantized layers] or a traceback.
 """
 
-import importlib
 import json
-import sys
 import traceback
-import types
 from pathlib import Path
 
-FOLDER = Path(sys.argv[1])
-sys.path.insert(0, ".")
-sys.argv = ["main.py"]
+from inside_setup import ARGUMENTS, imported  # first: the imports below need comfy
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.model_management as mm
+import comfy.sd
+import torch
+from comfy.quant_ops import QuantizedTensor
 
-comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402
-
-comfy.cli_args.args.cpu = True
-sys.modules["pack"] = package = types.ModuleType("pack")
-package.__path__ = [str(Path(__file__).absolute().parents[2])]
-
-import comfy.model_management as mm  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from comfy.quant_ops import QuantizedTensor  # noqa: E402
-
-four_bit = importlib.import_module("pack.nodes.four_bit")
-torch.set_grad_enabled(False)
+FOLDER = Path(ARGUMENTS[0])
+four_bit = imported("nodes.four_bit")
 
 
 def velocity(patcher):

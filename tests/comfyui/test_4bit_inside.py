@@ -1,4 +1,4 @@
-"""Quantized models in ComfyUI's own objects: each check of inside.py is a test here."""
+"""Quantized models in ComfyUI's own objects: each check of inside_*.py is a test here."""
 
 import json
 import re
@@ -10,7 +10,8 @@ import tiny
 from server import PACK, environment
 
 INSIDE = PACK / "tests/comfyui/inside.py"
-CHECKS = re.findall(r"^def (check_\w+)", INSIDE.read_text("utf-8"), re.M)
+MODULES = sorted(INSIDE.parent.glob("inside_*.py"))
+CHECKS = [name for m in MODULES for name in re.findall(r"^def (check_\w+)", m.read_text("utf-8"), re.M)]
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,10 @@ def results(comfyui, tmp_path_factory):
     done = subprocess.run(command, cwd=comfyui[0], env=environment(), capture_output=True, text=True, timeout=900)
     assert (folder / "results.json").is_file(), (done.stdout + done.stderr)[-5000:]
     return json.loads((folder / "results.json").read_text())
+
+
+def test_no_check_hides_another():
+    assert CHECKS and len(CHECKS) == len(set(CHECKS))
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -1,45 +1,18 @@
 """Every way of computing on a quantized weight against plain dequantization, at the shapes that break kernels."""
 
-import logging
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import error, weight
 
 from distill.quant import choose, cpu, kernels, kitchen, memory, remember, unpack
 from distill.quant.layers import QuantConv2d, QuantLinear
-from distill.quant.rounding import channelwise, round_to_nearest
-from distill.quant.weight import QuantizedWeight, from_matrix, pack_nibbles
+from distill.quant.rounding import round_to_nearest
+from distill.quant.weight import QuantizedWeight, from_matrix
 
-
-def weight(kind: str, *shape: int, group: int = 32, seed: int = 0) -> QuantizedWeight:
-    g = torch.Generator().manual_seed(seed)
-    dense = torch.randn(*shape, generator=g)
-    n, k = shape[0], dense[0].numel()
-    codes = torch.randint(0, 16, (n, k), generator=g)
-    scale = torch.rand(k // group, n, generator=g) * 0.1 + 0.02
-    if kind == "8 bits":
-        return channelwise(dense, int8_activations=True)
-    if kind == "8 bits in groups":  # as Q8_0, Q5_1 and Q6_K are held
-        int8 = torch.randint(-128, 128, (n, k), generator=g).to(torch.int8)
-        return QuantizedWeight(int8, scale / 16, scale, shape, 8)
-    if kind == "codebook":
-        return QuantizedWeight(
-            pack_nibbles(codes), scale, None, shape, codebook=torch.randn(16, generator=g).sort().values
-        )
-    if kind == "no zero":  # as Q4_0: scales of any sign
-        return QuantizedWeight(pack_nibbles(codes), scale * (codes[:1, ::group].t() % 2 * 2 - 1), None, shape)
-    if kind == "3 bits":
-        return round_to_nearest(dense, 3, group)
-    if kind == "everything":
-        w = round_to_nearest(dense, 4, group)
-        down, up = torch.randn(3, *shape[1:], generator=g) * 0.2, torch.randn(n, 3, generator=g)
-        pre = torch.rand(shape[1], generator=g) + 0.5
-        return QuantizedWeight(**(vars(w) | {"down": down.half(), "up": up, "pre_quant_scale": pre.half()}))
-    return round_to_nearest(dense, 4, group)
-
-
+pytestmark = pytest.mark.usefixtures("small_cases_count")
 KINDS = ["4 bits", "3 bits", "no zero", "8 bits", "8 bits in groups", "codebook", "everything"]
 LINEAR = [  # rows' shape, K, N, group
     ((1,), 64, 24, 32),
@@ -58,22 +31,6 @@ CONV = [  # x, N, kernel, group, arguments
     ((1, 32, 8, 8), 24, 3, 32, {"padding": "valid"}),
     ((2, 16, 8, 8), 16, 3, 16, {"padding": 1, "groups": 2}),
 ]
-
-
-def error(y, expected):
-    assert y.shape == expected.shape and y.dtype == expected.dtype
-    return ((y - expected).norm() / expected.norm()).item()
-
-
-@pytest.fixture(autouse=True)
-def small_cases_count(monkeypatch):
-    """Tests use layers that are below what integers are worth; and nothing chosen in one test serves another."""
-    monkeypatch.setattr(kernels, "WORTH", 0)
-    monkeypatch.setattr(choose, "integers_are_fast", lambda: True)
-    monkeypatch.setattr(remember, "SMALL", 0)
-    choose.forget()
-    yield
-    choose.forget()
 
 
 @pytest.mark.parametrize("shape, k, n, group", LINEAR)
@@ -170,36 +127,6 @@ def test_images_of_a_batch_do_not_see_each_other():
     together = kernels.conv2d(w, x, *args)
     for i in range(3):
         assert torch.equal(together[i : i + 1], kernels.conv2d(w, x[i : i + 1], *args))
-
-
-def test_auto_is_int8_for_many_even_rows_and_float_otherwise():
-    w, x = weight("4 bits", 64, 128), torch.randn(64, 128)
-    float_, int8 = (kernels.linear(w, x, None, a) for a in ("float", "int8"))
-    assert not torch.equal(float_, int8)
-    assert torch.equal(kernels.linear(w, x, None), int8)
-    few = x[: kernels.FEW]
-    assert torch.equal(kernels.linear(w, few, None), kernels.linear(w, few, None, "float"))
-    x[:, 5] *= 1000  # an outlier channel that the weights ignore: all that counts would be rounded away
-    w = QuantizedWeight(**(vars(w) | {"codes": w.codes.clone(), "zero": None}))
-    w.codes[:, 2] = w.codes[:, 2] & 15 | -128  # 8 in its high nibble
-    assert w.matrix()[:, 5].abs().max() == 0
-    assert torch.equal(kernels.linear(w, x, None), kernels.linear(w, x, None, "float"))
-    image = torch.randn(1, 16, 8, 8)
-    v = weight("no zero", 24, 16, 3, 3, group=16)
-    args = (None, (1, 1), (1, 1), (1, 1), 1)
-    assert torch.equal(kernels.conv2d(v, image, *args), kernels.conv2d(v, image, *args, "int8"))
-    image[0, 3] *= 1000
-    v.codes[:, 1::8] = v.codes[:, 1::8] & 15 | -128
-    assert v.dequantize()[:, 3].abs().max() == 0
-    assert torch.equal(kernels.conv2d(v, image, *args), kernels.conv2d(v, image, *args, "float"))
-
-
-def test_auto_leaves_weights_alone_whose_rows_do_not_fit_int8():
-    dense = torch.randn(64, 1024)
-    dense[:, 7] *= 100
-    w, x = round_to_nearest(dense, 4, 16), torch.randn(64, 1024)
-    assert unpack.coarseness(w) > kernels.COARSE > 2 * unpack.coarseness(weight("4 bits", 64, 128))
-    assert torch.equal(kernels.linear(w, x, None), kernels.linear(w, x, None, "float"))
 
 
 @pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan"), 1e36])
@@ -368,54 +295,6 @@ def test_large_results_are_ordinary_tensors(monkeypatch):
     assert memory.result(1000, 1001).shape == (1000, 1001)
 
 
-# ---------------------------------------------------------------------------------------------------- the choice
-
-
-def wrong_from(columns):
-    def compute(w, x, bias):
-        y = F.linear(x, w.matrix(), bias)
-        y[:, columns:] *= 1.5
-        return y
-
-    return compute
-
-
-@pytest.mark.parametrize("compute, words", [
-    (wrong_from(0), "relative error 0.5"),
-    (wrong_from(30), "relative error"),
-    (lambda w, x, bias: x.new_full((len(x), w.out_features), float("nan")), "relative error nan"),
-    (lambda w, x, bias: x[:, :60] @ w.matrix().t(), "it fails"),
-])  # fmt: skip
-def test_a_wrong_kernel_is_refused_aloud_and_plain_serves(compute, words, monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "float_linear", lambda w, x, bias, multiply: compute(w, x, bias))
-    monkeypatch.setattr(cpu, "multipliers", lambda: {"float": F.linear})
-    w, x = weight("4 bits", 48, 64), torch.randn(20, 64)
-    with caplog.at_level(logging.WARNING):
-        y = kernels.linear(w, x, None, "float")
-    assert torch.equal(y, F.linear(x, w.matrix()))
-    assert words in caplog.text and "(48, 64)" in caplog.text and "float kernel" in caplog.text
-    caplog.clear()
-    kernels.linear(w, x, None, "float")
-    assert not caplog.text  # once is enough
-
-
-def test_wrong_integers_give_way_to_floats(monkeypatch, caplog):
-    right = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b, out: right(a, b, out=out).add_(100_000))
-    w, x = weight("4 bits", 48, 64), torch.randn(40, 64)
-    assert error(kernels.linear(w, x, None), F.linear(x, w.matrix())) < 2e-6
-    assert "int8 kernel is not used" in caplog.text
-
-
-def test_of_two_right_ways_the_faster_is_taken(monkeypatch):
-    times = iter([3.0, 2.0])
-    monkeypatch.setattr(choose, "seconds", lambda run, n: next(times))
-    plain = lambda w, x, bias: F.linear(x, w.matrix(), bias)  # noqa: E731
-    slow, fast = (lambda w, x, b: plain(w, x, b)), (lambda w, x, b: plain(w, x, b))
-    found = choose.way("t", {"slow": slow, "fast": fast}, plain, weight("4 bits", 8, 64), torch.randn(9, 64), 1, 1e-4)
-    assert found is fast
-
-
 def test_the_expected_rounding_error_is_the_one_found():
     def int8_weight(w):  # so that only the input is rounded beside it
         w8, step = unpack.integer(w)
@@ -430,15 +309,6 @@ def test_the_expected_rounding_error_is_the_one_found():
     assert abs(unpack.norm(w) / w.matrix().norm().item() - 1) < 1e-5
 
 
-def test_what_was_run_before_changes_nothing():
-    """A first image that is strange must not decide how the next one is computed."""
-    w, x = weight("4 bits", 64, 128), torch.randn(64, 128)
-    fresh = kernels.linear(w, x, None)
-    choose.forget()
-    kernels.linear(w, torch.full_like(x, float("nan")), None)
-    assert torch.equal(kernels.linear(w, x, None), fresh)
-
-
 def test_comfy_kitchens_kernel_agrees_on_the_cpu():
     """Its eager backend is the oracle for how we call it; the GPU's takes the same arguments."""
     if kitchen.module() is None:
@@ -447,11 +317,3 @@ def test_comfy_kitchens_kernel_agrees_on_the_cpu():
         w, x = weight(kind, 48, 128), torch.randn(5, 128)
         y = kitchen.linear(w, x.half(), torch.ones(48).half()).float()
         assert error(y, F.linear(x, w.matrix()) + 1) < choose.HALF
-
-
-def test_comfy_kitchen_is_asked_only_for_what_it_has():
-    w = weight("4 bits", 48, 128)
-    assert not kitchen.applies(w, torch.randn(5, 128))
-    assert not kitchen.applies(w, torch.randn(5, 128).half())
-    meta = torch.empty(5, 128, dtype=torch.float16, device="meta")
-    assert not kitchen.applies(w, meta) and not kitchen.applies(weight("8 bits", 48, 128), meta)
