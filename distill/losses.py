@@ -57,12 +57,6 @@ def regression(x: Tensor, target: Tensor) -> Tensor:
     return (torch.linalg.vector_norm((x - target).flatten(1), dim=1) / per_sample).mean()
 
 
-def moments(x: Tensor, mean: float | Tensor, var: float | Tensor) -> Tensor:
-    """KL(N(m, v) || N(mean, var)) with m, v each sample's own pixel mean and variance (Decoupled DMD, 2511.22677)."""
-    m, v = x.flatten(1).mean(1), x.flatten(1).var(1, unbiased=False)
-    return 0.5 * ((v + (m - mean) ** 2) / var - 1 - (v / var).log()).mean()
-
-
 # ------------------------------------------------------------------------------------------- the coach's losses
 
 COACH_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (alpha, sigma) -> weight on |x0_hat - x0|^2

@@ -67,15 +67,6 @@ def test_regression_is_the_root_mean_square_of_each_sample():
     assert x.grad.isfinite().all()
 
 
-def test_moments_is_a_kl():
-    x = randn(2, 4, 32, 32)
-    assert L.moments(x, 0.0, 1.0).item() == pytest.approx(0, abs=1e-3)
-    p, q = torch.distributions.Normal(0.5, 2.0), torch.distributions.Normal(0.1, 3.0)
-    assert L.moments(0.5 + 2 * randn(2, 4, 64, 64), 0.1, 9.0).item() == pytest.approx(
-        torch.distributions.kl_divergence(p, q).item(), rel=0.03
-    )
-
-
 def test_health_reads_zero_at_the_start_and_one_for_sds():
     x, x0_T = randn(8, 2, 4, 4), randn(8, 2, 4, 4, seed=1)
     start, sds = L.health(x, x0_T, x0_T), L.health(x, x0_T, x)
