@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from distill import train_student
-from distill.checkpoint import bundled
+from distill.backbones.model import load
+from distill.cli import train
 from distill.methods.sds import SDSOptions
 from distill.methods.vsd import VSDOptions
-from distill.metrics import Judge, evaluate
-from distill.model import load
-from distill.train import TrainOptions
+from distill.training.loop import TrainOptions
+from distill.tutorial.bundled import bundled
+from distill.tutorial.metrics import Judge, evaluate
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def main(o: Options) -> None:
         training = TrainOptions(steps=None, minutes=o.minutes, **how)
         folder = o.out / method
         if not (folder / "student.safetensors").exists():
-            options = train_student.Train(
+            options = train.Train(
                 out=folder, method=method, coach="copy", device="cpu", training=training,
                 vsd=VSDOptions(guidance=2.0, guidance_until=0.45), sds=SDSOptions(guidance=2.0, guidance_until=0.45),
             )  # fmt: skip
-            train_student.run(options)
+            train.run(options)
         student = load(folder / "student.safetensors")
         rows[NAMES[method]] = evaluate(student.sample, judge).to_dict()
         images[NAMES[method]] = [student.sample([p] * 12, torch.Generator().manual_seed(1)) for p in o.prompts]

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from distill.quant import layers  # noqa: E402
-from distill.quant.rounding import round_to_nearest  # noqa: E402
-from distill.quant.weight import group_for  # noqa: E402
+from distill.packed import layers  # noqa: E402
+from distill.packed.weight import group_for  # noqa: E402
+from distill.quantize.rounding import round_to_nearest  # noqa: E402
 
 LAYERS = [  # SD1.5's, with how often they occur: x, N, kernel (0: Linear)
     ((1, 4096, 320), 320, 0, 45), ((1, 4096, 320), 2560, 0, 5), ((1, 4096, 1280), 320, 0, 5),

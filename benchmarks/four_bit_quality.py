@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/four_bit_quality.py
 
-The student makes n pictures in one step, measured by `distill.metrics.evaluate`; the teacher makes `teacher_n` in its
-50 steps, measured by the same judge. Prompts and noise are the same in every row, so rows differ by the rounding alone.
+The student makes n pictures in one step, measured by `distill.tutorial.metrics.evaluate`; the teacher makes `teacher_n`
+in its 50 steps, measured by the same judge. Prompts and noise are the same in every row, so rows differ by the
+rounding alone.
 Weights are dequantized and run dense (a kernel's own error is not in the table); W8A8 rounds its activations too.
 """
 
@@ -21,13 +22,14 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from distill import layouts, shapes
-from distill.checkpoint import bundled
-from distill.metrics import Judge, all_right, evaluate, frechet
-from distill.model import Model, load
-from distill.quant.quantize import Quantize, quantize_file
-from distill.quant.stream import Dequantized, rounding_activations
-from distill.quant.weight import QuantizedWeight, layers
+from distill.backbones.model import Model, load
+from distill.file import layouts
+from distill.packed.weight import QuantizedWeight, layers
+from distill.quantize.run import Quantize, quantize_file
+from distill.quantize.stream import Dequantized, rounding_activations
+from distill.tutorial import shapes
+from distill.tutorial.bundled import bundled
+from distill.tutorial.metrics import Judge, all_right, evaluate, frechet
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def dequantized(source: Path, tensors: dict) -> tuple[Model, dict[str, Quantized
 
 
 def compared(source: Path, tensors: dict) -> tuple[float, float]:
-    from distill.quant.source import layers_of, open_source
-    from distill.quant.subject import open_subject
+    from distill.quantize.models import open_subject
+    from distill.quantize.source import layers_of, open_source
 
     opened, options = open_source(source), Quantize()
     subject, _ = open_subject(opened, options, ("unet",))

@@ -36,9 +36,9 @@ from four_bit_layers import PerCall, to_q4_0  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from distill.quant import layers  # noqa: E402
-from distill.quant.rounding import round_to_nearest  # noqa: E402
-from distill.quant.weight import group_for  # noqa: E402
+from distill.packed import layers  # noqa: E402
+from distill.packed.weight import group_for  # noqa: E402
+from distill.quantize.rounding import round_to_nearest  # noqa: E402
 
 VARIANTS = ["fp32", "W4A16", "W4A8", "per call"]
 DENSE = ("conv_in", "conv_out")

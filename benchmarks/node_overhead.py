@@ -25,7 +25,7 @@ parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torc
 options = parser.parse_args()
 pack = Path(__file__).resolve().parents[1]
 comfyui = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy/ComfyUI"))
-file = Path(options.file).resolve() if options.file else pack / "distill/assets/student.safetensors"
+file = Path(options.file).resolve() if options.file else pack / "distill/tutorial/assets/student.safetensors"
 
 sys.path[0] = str(comfyui)
 from comfy.cli_args import args  # noqa: E402

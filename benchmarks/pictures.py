@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from distill import shapes
-from distill.checkpoint import bundled, read_metadata
-from distill.metrics import COLUMNS, Judge, evaluate
-from distill.model import load, to_pil
+from distill.backbones.model import load, to_pil
+from distill.file.metadata import read_metadata
+from distill.tutorial import shapes
+from distill.tutorial.bundled import bundled
+from distill.tutorial.metrics import COLUMNS, Judge, evaluate
 
 
 def sheet(path: Path, columns: int = 12, rows: int = 3, scale: int = 2) -> None:

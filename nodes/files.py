@@ -6,8 +6,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..distill import checkpoint
-from ..distill.checkpoint import CheckpointError
+from ..distill.header import CheckpointError
+from ..distill.tutorial.bundled import bundled
 
 DIFFUSION = ("diffusion_models", "checkpoints")
 TEXT = ("text_encoders",)
@@ -27,7 +27,7 @@ def choices(folders: tuple[str, ...], extensions: tuple[str, ...] = (".safetenso
 def locate(file: str, folders: tuple[str, ...] = DIFFUSION) -> Path:
     """A choice of the widget -> its path. Raises CheckpointError naming the folders where there is none."""
     if file in BUNDLED:
-        return checkpoint.bundled(BUNDLED[file])
+        return bundled(BUNDLED[file])
     for folder in folders:
         path = folder_paths.get_full_path(f"onestep_{folder}", file)
         if path is not None:

@@ -8,7 +8,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill.checkpoint import CheckpointError
+from ..distill.header import CheckpointError
 from .files import DIFFUSION, TEXT, choices, fingerprint, locate
 
 CATEGORY = "OneStep"
@@ -32,7 +32,7 @@ def check(file: str | None, folders: tuple[str, ...]) -> bool | str:
     """Look at the header before anything runs: this message is shown on the node, an exception's is not."""
     if file is None:  # comes from another node
         return True
-    from ..distill.quant import formats
+    from ..distill.packed import formats
 
     try:
         formats.check(locate(file, folders))
@@ -181,7 +181,7 @@ def stock_formats():
 
 def load_file(path: Path, embeddings: list[str], activations: str = "auto", disable_dynamic: bool = True) -> tuple:
     """A file -> (MODEL, CLIP or None, VAE): a OneStep file by what it says of itself, others as ComfyUI sees them."""
-    from ..distill.quant import formats
+    from ..distill.packed import formats
     from . import native
     from .native import detect
 
@@ -203,7 +203,7 @@ def load_patchers(*args, disable_dynamic: bool = True) -> tuple:
 
 def load_clip(paths: list[Path], kind: str, embeddings: list[str], activations: str = "auto"):
     """Files -> CLIP."""
-    from ..distill.quant import formats
+    from ..distill.packed import formats
     from .native.detect import build_text
 
     clip = build_text(paths, [formats.read(p, stock_formats()).weights for p in paths], kind, embeddings, activations)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill import checkpoint
-from ..distill.checkpoint import CheckpointError
+from ..distill.file.metadata import read_metadata
+from ..distill.header import CheckpointError
 from .files import BUNDLED, DIFFUSION, choices, fingerprint, locate
 
 
@@ -52,7 +52,7 @@ class OneStepLoadStudent(io.ComfyNode):
         if file is None:  # comes from another node
             return True
         try:
-            checkpoint.read_metadata(locate(file))
+            read_metadata(locate(file))
         except CheckpointError as e:
             return str(e)
         return True

@@ -10,9 +10,8 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..distill import checkpoint
-from ..distill.checkpoint import CheckpointError
-from ..distill.metadata import read_header
+from ..distill.file.metadata import read_metadata
+from ..distill.header import CheckpointError, read_header
 from .files import BUNDLED, DIFFUSION, TEXT, choices, fingerprint, locate, place
 
 FOLDERS = (*DIFFUSION, *TEXT)
@@ -121,7 +120,7 @@ class OneStepQuantize(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, name, method, bits, budget=0.0, text_encoder=False, prompts="") -> io.NodeOutput:
-        from ..distill.quant.quantize import Quantize, quantize_file
+        from ..distill.quantize.run import Quantize, quantize_file
 
         source, out = locate(file, FOLDERS), target(file, name)
         options = Quantize(method=method, bits=int(bits), budget=budget or None, text_encoder=text_encoder)
@@ -142,7 +141,7 @@ def statistics(source: Path, options, prompts: str):
         return None, "data-free: only OneStep files say how they are run"
     from .native import calibrate
 
-    meta = checkpoint.read_metadata(source)
+    meta = read_metadata(source)
     if meta.architecture.get("text_encoder") is None:
         return None, "data-free: the file has no text encoder to read prompts with"
     given = [line.strip() for line in prompts.splitlines() if line.strip()] or calibrate.default_prompts(meta)

@@ -6,7 +6,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 
-from ..distill.checkpoint import Metadata
+from ..distill.file.metadata import Metadata
 from ..distill.schedule import from_spec
 
 KEY = "onestep"

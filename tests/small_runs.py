@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill import persist
 from distill import schedule as S
 from distill.coach import CopyCoach, LoraCoach
 from distill.denoiser import from_net
@@ -16,7 +15,8 @@ from distill.methods.sds import SDS, SDSOptions
 from distill.methods.vsd import VSD, VSDOptions
 from distill.sample import one_step
 from distill.toy import MLP
-from distill.train import TrainOptions, train
+from distill.training import store
+from distill.training.loop import TrainOptions, train
 
 SCHEDULE = S.flow()
 TINY = TrainOptions(steps=12, save_every=4, log_every=3, lr=1e-3, coach_lr=2e-3, coach_steps=2, accumulate=2, seed=7)
@@ -72,7 +72,7 @@ def run(kind, out=None, options=TINY, resume=False, stop=None, source=batches):
 
 def contents(out):
     """Everything in the newest checkpoint but the clock."""
-    tensors, state, path = persist.load(Path(out) / "checkpoints")
+    tensors, state, path = store.load(Path(out) / "checkpoints")
     return tensors, {k: v for k, v in state.items() if k != "seconds"}, path.name
 
 

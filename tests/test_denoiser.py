@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from distill import schedule as S
-from distill.denoiser import (
-    PREDICTIONS,
-    autoguided,
-    diffusers_net,
-    drop,
-    from_net,
-    from_x0,
-    guided,
-    to_x0,
-    with_plain,
-)
+from distill.denoiser import PREDICTIONS, autoguided, diffusers_net, drop, from_net, from_x0, guided, to_x0, with_plain
 from distill.toy import Mixture, ring
 
 SCHEDULES = [S.ddpm(), S.ddpm(shift=4.0), S.flow(shift=3.0), S.trig(), S.edm()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from distill import checkpoint
-from distill.autoencoder import PatchAutoencoder
+from distill.backbones.patch import PatchAutoencoder
+from distill.file import checkpoint
 
 WORDS = [
     "a",

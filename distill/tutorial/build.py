@@ -19,13 +19,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .. import checkpoint, demo
-from ..autoencoder import PatchAutoencoder
-from ..metrics import Judge, evaluate
-from ..model import Model, load, save_student
+from ..backbones.model import Model, load, save_student
+from ..backbones.patch import PatchAutoencoder
+from ..file import checkpoint
+from . import autoencoder, demo, text
 from . import judge as judges
 from . import teacher as teachers
-from . import text, vae
+from .bundled import ASSETS
+from .metrics import Judge, evaluate
 
 PARTS = ("vae", "text", "judge", "teacher", "student", "measure")
 
@@ -36,7 +37,7 @@ class Build:
     """What to make, in this order."""
     work: Path = Path("runs/tutorial")
     """Where parts are kept."""
-    assets: Path = checkpoint.ASSETS
+    assets: Path = ASSETS
     """Where finished files go."""
     minutes: dict[str, float] | None = None
     """Minutes per part, e.g. --minutes teacher 5; default: what the bundled ones took."""
@@ -66,8 +67,10 @@ def run(o: Build) -> None:
 
 
 def make_vae(o: Build, minutes: float) -> None:
-    trained = vae.train(minutes, o.seed)
-    save_file(vae.polish(trained, (MINUTES | (o.minutes or {}))["polish"]).state_dict(), o.work / "vae.safetensors")
+    trained = autoencoder.train(minutes, o.seed)
+    save_file(
+        autoencoder.polish(trained, (MINUTES | (o.minutes or {}))["polish"]).state_dict(), o.work / "vae.safetensors"
+    )
 
 
 def make_text(o: Build, minutes: float) -> None:
@@ -153,7 +156,7 @@ def make_student(o: Build, minutes: float) -> None:
 @torch.no_grad()
 def preview(autoencoder: PatchAutoencoder) -> tuple[list, list]:
     """The linear map from a latent to the mean colour of its patch, by least squares: factors (C, 3) and bias (3,)."""
-    images = vae.pictures(256, torch.Generator().manual_seed(5))
+    images = autoencoder.pictures(256, torch.Generator().manual_seed(5))
     z = autoencoder.encode(images).permute(0, 2, 3, 1).reshape(-1, 8)
     colour = nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1).reshape(-1, 3)
     solution = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), colour).solution

@@ -1,4 +1,4 @@
-"""Trains the judge of `distill.metrics` on fresh renders."""
+"""Trains the judge of `distill.tutorial.metrics` on fresh renders."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import shapes
-from ..metrics import Judge
-from .loop import fit
+from . import shapes
+from .fit import fit
+from .metrics import Judge
 
 
 def train(minutes: float = 8, seed: int = 0, batch: int = 64) -> Judge:

@@ -8,12 +8,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .. import shapes
-from ..autoencoder import PatchAutoencoder
+from ..backbones.patch import PatchAutoencoder
 from ..denoiser import diffusers_net, from_net
 from ..schedule import Schedule, ddpm, expand, rand, randn
-from . import vae as autoencoder
-from .loop import fit
+from . import autoencoder as autoencoder
+from . import shapes
+from .fit import fit
 
 CONFIG = dict(
     sample_size=8,

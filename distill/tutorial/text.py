@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from .. import shapes
-from .loop import fit
+from . import shapes
+from .fit import fit
 
 MAX_LENGTH = 32
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unknown|>")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ...distill import checkpoint
-from ...distill.layouts import TEXT, UNET, VAE
+from ...distill.file import checkpoint
+from ...distill.file.layouts import TEXT, UNET, VAE
 from .clip import build_clip
 from .model import build_model
 from .vae import build_vae
@@ -20,7 +20,7 @@ from .vae import build_vae
 def load(path: Path, embeddings: list[str], disable_dynamic: bool = False, activations: str = "auto") -> tuple:
     """A file -> (MODEL, CLIP or None, VAE or None); `embeddings` are the folders of textual inversions.
 
-    activations: of layers that are quantized in the file, see distill.quant.layers.
+    activations: of layers that are quantized in the file, see distill.packed.layers.
     """
     c = checkpoint.read(path)
     unet, text, vae = (checkpoint.part(c.weights, prefix) for prefix in (UNET, TEXT, VAE))

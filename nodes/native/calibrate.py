@@ -8,11 +8,11 @@ from pathlib import Path
 import comfy.samplers
 import torch
 
-from ...distill import shapes
-from ...distill.checkpoint import Metadata
-from ...distill.layouts import TEXT, UNET
-from ...distill.quant.calibrate import LayerStats, collect
+from ...distill.file.layouts import TEXT, UNET
+from ...distill.file.metadata import Metadata
+from ...distill.quantize.calibrate import LayerStats, collect
 from ...distill.schedule import from_spec
+from ...distill.tutorial import shapes
 from ..recipe import FewStepSampler, sigmas
 from . import load
 

@@ -13,8 +13,10 @@ import comfy.sd1_clip
 import comfy.utils
 import torch
 
-from ...distill.checkpoint import Metadata, Weights, check_fit
-from ...distill.quant.weight import layers
+from ...distill.file.checkpoint import check_fit
+from ...distill.file.layouts import Weights
+from ...distill.file.metadata import Metadata
+from ...distill.packed.weight import layers
 from .limits import require
 from .ops import operations
 from .packed import pack

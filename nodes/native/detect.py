@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...distill.checkpoint import CheckpointError
+from ...distill.header import CheckpointError
 from .fuse import convert
 from .ops import operations
 from .packed import float_dtype, pack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...distill.checkpoint import CheckpointError
+from ...distill.header import CheckpointError
 
 
 def require(path: Path, what: str, config: dict, fixed: dict[str, tuple]) -> None:

@@ -12,9 +12,11 @@ import comfy.model_sampling
 import comfy.supported_models_base
 import comfy.utils
 
-from ...distill.checkpoint import CheckpointError, Metadata, Weights, check_fit
-from ...distill.layouts import per_level
-from ...distill.quant.weight import layers as marked
+from ...distill.file.checkpoint import check_fit
+from ...distill.file.layouts import Weights, per_level
+from ...distill.file.metadata import Metadata
+from ...distill.header import CheckpointError
+from ...distill.packed.weight import layers as marked
 from ..recipe import attach
 from .limits import require, require_multiples
 from .ops import operations
@@ -172,7 +174,7 @@ def unet_config(path: Path, config: dict) -> dict:
 def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: bool = False, activations: str = "auto"):
     """LDM-keyed U-Net weights -> MODEL that carries its recipe; disable_dynamic: ComfyUI's word for whole loading.
 
-    activations: of quantized layers, see distill.quant.layers.
+    activations: of quantized layers, see distill.packed.layers.
     """
     config, quantized = Config(path, meta), bool(marked(weights))
     weights = pack(weights) if quantized else weights

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...distill.quant.layers import QuantizedLayer
-from ...distill.quant.weight import QuantizedWeight
+from ...distill.packed.layers import QuantizedLayer
+from ...distill.packed.weight import QuantizedWeight
 from .lora import Branch, are_low_rank, branches
 from .packed import Packed, StockWeight
 
@@ -27,7 +27,7 @@ MIXED = SimpleNamespace(quant_config={"mixed_ops": True})  # asks ComfyUI for it
 
 
 def operations(dtype: torch.dtype, text: bool = False, activations: str = "auto"):
-    """A class to build a model with, computing in `dtype`. `activations`: see distill.quant.layers."""
+    """A class to build a model with, computing in `dtype`. `activations`: see distill.packed.layers."""
     if text:  # as ComfyUI does: text encoders compute in full precision whatever the format
         base = comfy.ops.mixed_precision_ops(MIXED.quant_config, dtype, full_precision_mm=True)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ...distill.quant.weight import FORMATS, MARK, SUFFIXES, QuantizedWeight, layers, read_mark
+from ...distill.packed.weight import FORMATS, MARK, SUFFIXES, QuantizedWeight, layers, read_mark
 
 aten = torch.ops.aten
 HALF = ("nvfp4", "convrot_w4a4")  # stock formats whose weight has two columns a byte

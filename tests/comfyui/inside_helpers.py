@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 FOLDER = Path(ARGUMENTS[1])
 native, detect, packed = (imported(f"nodes.native{n}") for n in ("", ".detect", ".packed"))
 four_bit, sample = imported("nodes.four_bit"), imported("nodes.sample")
-rounding, weight = imported("distill.quant.rounding"), imported("distill.quant.weight")
-read_header, lowrank = imported("distill.metadata").read_header, imported("distill.quant.lowrank")
+rounding, weight = imported("distill.quantize.rounding"), imported("distill.packed.weight")
+read_header, lowrank = imported("distill.header").read_header, imported("distill.quantize.lowrank")
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # both sides compute in fp32
 

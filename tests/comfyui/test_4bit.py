@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from server import node
 from test_nodes import close, kohya_lora, latent_of, library
 
-from distill import checkpoint, sample
-from distill.metadata import read_header
-from distill.quant import rounding, weight
+from distill import sample
+from distill.file import checkpoint
+from distill.header import read_header
+from distill.packed import weight
+from distill.quantize import rounding
 
 OUT = "four-bits.safetensors"
 

@@ -8,7 +8,7 @@ from graphs import one_step
 from safetensors.torch import load_file, save_file
 from server import node
 
-from distill.metadata import read_header
+from distill.header import read_header
 
 
 @pytest.fixture(scope="session")

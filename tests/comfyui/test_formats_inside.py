@@ -1,4 +1,4 @@
-"""What `distill.quant.formats` writes, loaded by stock ComfyUI; and what it reads, run by ComfyUI's own Flux."""
+"""What `distill.packed.formats` writes, loaded by stock ComfyUI; and what it reads, run by ComfyUI's own Flux."""
 
 import importlib.util
 import json
@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from server import PACK, environment
 
-from distill.quant.formats import read, write
-from distill.quant.weight import QuantizedWeight, layers
+from distill.packed.formats import read
+from distill.packed.weight import QuantizedWeight, layers
+from distill.quantize.export import write
 
 H, TEXT, POOLED = 128, 128, 128
 STOCK = {"int8_tensorwise": 0.02, "convrot_w4a4": 0.3, "nvfp4": 0.2}
@@ -19,8 +20,8 @@ OURS = ("gguf:Q4_0", "gguf:Q5_1", "gguf:Q8_0")
 
 
 def helper(name: str):
-    """A test file of ../quant, for its packers."""
-    spec = importlib.util.spec_from_file_location(name, PACK / f"tests/quant/{name}.py")
+    """A test file of ../packed/formats, for its packers."""
+    spec = importlib.util.spec_from_file_location(name, PACK / f"tests/packed/formats/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -66,7 +67,7 @@ def nf4(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def nunchaku(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    made, names = helper("test_nunchaku"), importlib.import_module("distill.quant.formats.nunchaku_names")
+    made, names = helper("test_nunchaku"), importlib.import_module("distill.packed.formats.nunchaku_names")
     one, two = "transformer_blocks.0", "single_transformer_blocks.0"
     sizes = {"qkv_proj": (3 * H, H), "out_proj": (H, H), "mlp_fc1": (4 * H, H), "mlp_fc2": (H, 4 * H)}
     places = [f"{one}.{n}" for n in sizes] + [f"{one}.{n}_context" for n in ("qkv_proj", "out_proj")]

@@ -13,7 +13,9 @@ from graphs import PROMPT, SEED, ksampler, one_step, scheduled
 from safetensors.torch import save_file
 from server import PACK, environment, node
 
-from distill import checkpoint, denoiser, sample, schedule
+from distill import denoiser, sample, schedule
+from distill.file import checkpoint
+from distill.file.metadata import read_metadata
 
 
 def latent_of(client, graph: dict) -> torch.Tensor:
@@ -24,7 +26,7 @@ def latent_of(client, graph: dict) -> torch.Tensor:
 
 def library(path, mods=None):
     """The same file through diffusers -> (Denoiser, cond of PROMPT, cond of the null prompt, noise, t_in)."""
-    meta, mods = checkpoint.read_metadata(path), mods or checkpoint.build(path)
+    meta, mods = read_metadata(path), mods or checkpoint.build(path)
     levels = schedule.from_spec(meta.schedule)
     d = denoiser.from_net(denoiser.diffusers_net(mods.unet), levels, meta.prediction)
     conds = [{k: v.expand(2, *v.shape[1:]) for k, v in tiny.encode(mods, [p]).items()} for p in (PROMPT, "")]

@@ -13,7 +13,9 @@ from PIL import Image
 from refresh import FOLDER, WORKFLOWS, pictures, read, to_api
 from server import PACK
 
-from distill import checkpoint, metrics, shapes
+from distill.file.metadata import read_metadata
+from distill.tutorial import metrics, shapes
+from distill.tutorial.bundled import bundled
 
 SCHEMA = PACK.parent / "shared/reference/workflow-0.4.schema.json"
 needs_cli = pytest.mark.skipif(importlib.util.find_spec("comfy_cli") is None, reason="pip install comfy-cli")
@@ -44,7 +46,7 @@ def test_says_where_its_nodes_come_from_and_what_to_look_at(name):
 
 
 def test_the_teacher_is_called_as_its_file_recommends():
-    teacher = checkpoint.read_metadata(checkpoint.bundled("teacher"))
+    teacher = read_metadata(bundled("teacher"))
     settings = next(n["inputs"] for n in api("teacher-and-student").values() if n["class_type"] == "KSampler")
     assert (settings["steps"], settings["cfg"]) == (teacher.steps, teacher.guidance["scale"])
 

@@ -1,0 +1,5 @@
+"""`python -m distill`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The file contract: one safetensors file is the whole model."""

@@ -1,0 +1,143 @@
+"""The walk over a model's tensors: choose for each layer, quantize it, measure the error; one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..packed.weight import QuantError, QuantizedWeight, group_for
+from . import awq, lowrank, rounding, smooth
+from .budget import DENSE, Choice, Offer, allocate, candidates
+from .calibrate import LayerStats, relative_error
+from .report import Layer
+from .source import Source
+
+if TYPE_CHECKING:
+    from .models import Subject
+    from .run import Quantize
+
+Progress = Callable[[int, int, str], None]  # (done, total, what is being done)
+Sensitivity = Callable[[str, Tensor, QuantizedWeight], float]  # layer, dense weight, candidate -> damage
+
+
+def quantize_layer(
+    weight: Tensor, choice: Choice, method: str, stats: LayerStats | None, alpha: float | None = None, seed: int = 0
+) -> QuantizedWeight:
+    """One dense weight -> codes, by one method. A layer that calibration never reached goes by its weights."""
+    if not weight.isfinite().all():
+        raise QuantError("its weight holds numbers that are not finite")
+    if method == "smoothquant":
+        return smooth.smoothquant(weight, stats, alpha)
+    if choice.bits == 8:
+        return rounding.channelwise(weight)
+    if method == "svd":
+        return lowrank.svd(weight, choice.bits, choice.group, min(choice.rank, *_sides(weight)), stats, seed)
+    if method in ("scale", "awq") and stats is not None:
+        return (awq.awq if method == "awq" else awq.scale_search)(weight, stats, choice.bits, choice.group)
+    if method == "rtn":
+        return rounding.round_to_nearest(weight, choice.bits, choice.group)
+    return rounding.clip(weight, choice.bits, choice.group, stats.rows if stats is not None else None)
+
+
+def _sides(weight: Tensor) -> tuple[int, int]:
+    return len(weight), weight[0].numel()
+
+
+@dataclass
+class Walk:
+    """What every pass over the layers needs."""
+
+    source: Source
+    options: Quantize
+    method: str
+    stats: Mapping[str, LayerStats]
+    progress: Progress
+
+    def dense(self, layer: str) -> Tensor:
+        return self.source[f"{layer}.weight"].float()
+
+    def layer(self, layer: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
+        try:
+            stats = self.stats.get(layer)
+            return quantize_layer(weight, choice, self.method, stats, self.options.alpha, self.options.seed)
+        except QuantError as e:
+            raise QuantError(f"{self.source.path}: layer {layer}: {e}") from None
+
+    def uniform(self, layer: str) -> Choice:
+        o = self.options
+        if self.method == "smoothquant" or o.bits == 8:
+            return Choice(8)
+        group = group_for(self.source.entries[f"{layer}.weight"].shape[1], o.group_size)
+        return Choice(o.bits, group, o.rank if self.method == "svd" else 0)
+
+    def choose(self, plan: dict[str, str], subject: Subject | None) -> tuple[dict[str, Choice], str]:
+        """Each layer's choice, and what decided on it ("" where all are alike)."""
+        layers = [layer for layer, why in plan.items() if why == ""]
+        if self.options.budget is None:
+            return {layer: self.uniform(layer) for layer in layers}, ""
+        measure, said = self.sensitivity(layers, subject)
+        offers: dict[str, list[Offer]] = {}
+        for i, layer in enumerate(layers):
+            self.progress(i, len(layers), "measuring sensitivity")
+            offers[layer] = self.offers(layer, measure)
+        self.progress(len(layers), len(layers), "measuring sensitivity")
+        numel = {layer: self.source.entries[f"{layer}.weight"].numel for layer in plan}
+        fixed = sum(16 * n for layer, n in numel.items() if layer not in offers)
+        chosen = allocate(offers, self.options.budget * sum(numel.values()) - fixed)
+        return {layer: offer.choice for layer, offer in chosen.items()}, said
+
+    def sensitivity(self, layers: list[str], subject: Subject | None) -> tuple[Sensitivity, str]:
+        """End to end where the model runs fast enough, else by what each layer puts out, else by its weight."""
+        if subject is not None and subject.is_cheap(len(layers) * 4):
+            return subject.damage, "the output error of the whole model, one layer at a time"
+        kind = "output" if self.stats else "weight"
+
+        def local(layer: str, dense: Tensor, q: QuantizedWeight) -> float:
+            return relative_error(dense, q.dequantize(), self.stats.get(layer)) ** 2
+
+        return local, f"the relative error of each layer's {kind}"
+
+    def offers(self, layer: str, measure: Sensitivity) -> list[Offer]:
+        dense, found = self.dense(layer), []
+        for choice in candidates(dense.shape[1], self.options.bits if self.options.bits < 8 else 4):
+            if choice == DENSE:
+                found.append(Offer(DENSE, 16.0 * dense.numel(), 0.0))
+            else:
+                q = self.layer(layer, dense, choice)
+                found.append(Offer(choice, 8.0 * q.nbytes, measure(layer, dense, q)))
+        return found
+
+    def quantize(self, plan: dict[str, str], choices: dict[str, Choice], parts) -> tuple[dict, list[Layer]]:
+        """Every tensor of the file to be, and a line of the report for each matrix."""
+        weights: dict[str, Tensor] = {}
+        layers: list[Layer] = []
+        total = len(self.source)
+        for i, key in enumerate(self.source):
+            self.progress(i, total, "quantizing")
+            layer = key.removesuffix(".weight")
+            choice = choices.get(layer, DENSE) if key.endswith(".weight") else DENSE
+            if choice == DENSE:
+                weights[key] = self.as_stored(key, parts)
+                if layer in plan and key.endswith(".weight"):
+                    why, width = plan[layer] or "most sensitive", 8.0 * weights[key].element_size()
+                    layers.append(Layer(layer, f"dense ({why})", weights[key].numel(), width))
+                continue
+            dense, stats = self.dense(layer), self.stats.get(layer)
+            q = self.layer(layer, dense, choice)
+            weights |= q.to_tensors(layer)
+            error = relative_error(dense, q.dequantize(), stats)
+            kind = "weight" if stats is None else "output"
+            layers.append(Layer(layer, str(choice), dense.numel(), q.bits_per_weight, error, kind))
+        self.progress(total, total, "quantizing")
+        return weights, layers
+
+    def as_stored(self, key: str, parts) -> Tensor:
+        """A tensor that stays dense: as it is, but fp32 in a quantized part becomes fp16 where that holds it."""
+        t = self.source[key]
+        if t.dtype == torch.float32 and self.source.part(key)[0] in parts and t.numel():
+            return t.half() if t.abs().max() <= 65504 else t
+        return t

@@ -1,0 +1,262 @@
+"""The loop: what it changes and when."""
+
+import copy
+import csv
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import SCHEDULE, TINY, Net, batches, build, contents, make, run
+
+from distill.denoiser import guided
+from distill.methods.regression import RegressionOptions, build_pairs
+from distill.sample import one_step, solve
+from distill.toy import Mixture, ring
+from distill.training import store
+from distill.training.loop import Diverged, TrainOptions, seeded, train
+from distill.training.state import Run
+
+# --------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("readout, word", [("student_loss", "lower lr"), ("coach_loss", "coach_lr")])
+def test_nan_stops_with_the_readout_and_a_cure(tmp_path, readout, word):
+    method, student, coach = build("copy")
+    name, steps = readout, []
+    loss = getattr(method, name)
+
+    def poisoned(batch, generator):
+        value, logs = loss(batch, generator)
+        return (value * torch.nan, logs | {name: logs[name] * torch.nan}) if len(steps) == 5 else (value, logs)
+
+    setattr(method, name, poisoned)
+    with pytest.raises(Diverged, match=f"step 6: {readout} is nan. Likely cure: .*{word}") as caught:
+        for step in train(method, student, coach, batches, TINY, tmp_path):
+            steps.append(step)
+    assert caught.value.readout == readout and word in caught.value.cure
+    assert contents(tmp_path)[2] == "step-00000004.safetensors"  # the last good one, and nothing after it
+    assert all(v.isfinite().all() for v in contents(tmp_path)[0].values())
+
+
+def test_samples_that_fly_apart_stop_it():
+    with pytest.raises(Diverged, match="x_std is .*coach_steps"):
+        run("copy", options=replace(TINY, max_spread=0.01))
+
+
+# -------------------------------------------------------------------------------------------------- what a step does
+
+
+def moved(before, module):
+    return any(not torch.equal(a, b) for a, b in zip(before.parameters(), module.parameters()))
+
+
+def test_the_coach_warms_up_alone():
+    method, student, coach = build("copy")
+    start = copy.deepcopy(student), copy.deepcopy(coach.module["coach"])
+    for step in train(method, student, coach, batches, replace(TINY, coach_warmup=3)):
+        assert moved(start[0], student) == (step.step > 3) and moved(start[1], coach.module["coach"])
+        assert ("student_loss" in step.logs) == (step.step > 3)
+    assert not moved(coach.module["teacher"], Net())
+
+
+def test_coach_steps_and_accumulation_are_counted():
+    calls = []
+    method, student, coach = build("copy")
+    for name in ("student_loss", "coach_loss"):
+        loss = getattr(method, name)
+        setattr(method, name, lambda b, g, loss=loss, name=name: (calls.append(name), loss(b, g))[1])
+    next(train(method, student, coach, batches, replace(TINY, coach_steps=3, accumulate=2)))
+    assert calls == ["student_loss"] * 2 + ["coach_loss"] * 6
+
+
+def test_accumulation_is_a_larger_batch():
+    def halves(rows):
+        def source(step, generator):
+            batch = batches(0, torch.Generator().manual_seed(step))
+            part = next(rows) if rows else slice(None)
+            return {"z": batch["z"][part], "x0": batch["x0"][part], "cond": {"c": batch["cond"]["c"][part]}}
+
+        return source
+
+    rows = (slice(i % 2 * 4, i % 2 * 4 + 4) for i in range(100))
+    one = run("regression", options=replace(TINY, accumulate=1), source=halves(None))
+    two = run("regression", options=replace(TINY, accumulate=2), source=halves(rows))
+    for a, b in zip(one.student.parameters(), two.student.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert one.logs["student_grad_norm"] == pytest.approx(two.logs["student_grad_norm"], rel=1e-3)
+
+
+def test_learning_rates_rise_stay_and_fall():
+    _, student, coach = build("copy")
+    state, rates = Run(student, coach, replace(TINY, steps=100, lr_warmup=9, lr_end=0.1)), []
+    for state.step in range(101):
+        state.set_lr()
+        rates.append([o.param_groups[0]["lr"] for o in state.optimizers.values()])
+    student_lr, coach_lr = zip(*rates)
+    assert student_lr[0] == pytest.approx(1e-4) and student_lr[9:51] == (1e-3,) * 42
+    assert student_lr[75] == pytest.approx(0.55e-3) and student_lr[100] == pytest.approx(1e-4)
+    assert [2 * a for a in student_lr] == pytest.approx(coach_lr)
+
+
+def test_ema_is_the_warmed_up_average():
+    seen = 0
+    method, student, coach = build("copy")
+    expected = [p.detach().clone() for p in student.parameters()]
+    for step in train(method, student, coach, batches, replace(TINY, ema=0.5)):
+        seen += 1
+        decay = min(0.5, (1 + seen) / (10 + seen))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, student.parameters())]
+        for e, p in zip(expected, step.ema.parameters()):
+            torch.testing.assert_close(e, p)
+    assert not step.ema.training and not any(p.requires_grad for p in step.ema.parameters())
+
+
+def test_a_time_budget_ends_the_run_and_drives_the_rate():
+    start = time.monotonic()
+    steps = list(train(*build("copy"), batches, replace(TINY, steps=None, minutes=1 / 60)))
+    assert 0.9 < time.monotonic() - start < 6 and len(steps) > 20
+    progress = [s.progress for s in steps]
+    assert progress == sorted(progress) and progress[-1] == 1 and steps[-1].remaining == 0
+    middle = steps[len(steps) // 2]
+    assert middle.remaining == pytest.approx(1 - middle.seconds, abs=0.2)
+
+
+def test_bf16_is_inside_the_nets_only():
+    """Weights, moments and losses stay fp32; the run is near the fp32 run, and not the same."""
+    dtypes, results = set(), {}
+    for precision in ("no", "bf16"):
+        method, student, coach = build("lora")
+        student.mlp.layers[0].register_forward_hook(lambda m, i, out: dtypes.add(out.dtype))
+        *_, last = train(method, student, coach, batches, replace(TINY, precision=precision, steps=3))
+        results[precision] = torch.cat([p.detach().flatten() for p in student.parameters()])
+        assert results[precision].dtype == torch.float32 and last.logs["x_std"] > 0
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert not torch.equal(*results.values())
+    torch.testing.assert_close(*results.values(), rtol=0, atol=0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients(tmp_path):
+    """The same weights in both, from different data; one set of files."""
+    code = f"""
+import sys
+sys.path[:0] = {[str(p) for p in Path(__file__).parents[1:3]]!r}
+from dataclasses import replace
+from distill.training.loop import train
+from small_runs import TINY, batches, build
+*_, last = train(*(parts := build("copy")), batches, replace(TINY, device="cpu"), {str(tmp_path / "run")!r})
+print("weights", sum(p.double().sum().item() for p in parts[1].parameters()), last.logs["student_loss"], flush=True)
+"""
+    (tmp_path / "two.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (a, loss_a), (b, loss_b) = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("weights"))
+    assert a == b and loss_a != loss_b
+    assert len(read(tmp_path / "run")) == 4
+
+
+def test_a_student_with_nothing_to_train_is_refused():
+    method, student, coach = build("copy")
+    with pytest.raises(ValueError, match="copy it before"):
+        next(train(method, student.requires_grad_(False), coach, batches, TINY))
+
+
+# ------------------------------------------------------------------------------------------------------- readouts
+
+
+def read(out):
+    with (out / "log.csv").open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_csv_and_tensorboard_hold_the_coachs_health(tmp_path):
+    steps = list(train(*build("lora"), batches, replace(TINY, coach_warmup=4), tmp_path))
+    rows = read(tmp_path)
+    assert [int(r["step"]) for r in rows] == [3, 6, 9, 12]
+    wanted = {"coach_loss", "coach_ratio", "rel_gap", "cosine", "student_grad_norm", "coach_grad_norm", "x_drift"}
+    wanted |= {"x_mean", "x_std", "x_mean_0", "x_std_1", "student_loss", "seconds"}
+    assert wanted <= rows[0].keys()
+    assert rows[0]["rel_gap"] == "" and float(rows[1]["rel_gap"]) > 0  # the coach was alone at first
+    mean = sum(s.logs["coach_loss"] for s in steps[3:6]) / 3
+    assert float(rows[1]["coach_loss"]) == pytest.approx(mean, rel=1e-4)
+    assert steps[5].row["coach_loss"] == pytest.approx(mean) and steps[4].row == {}
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("coach_loss")] == [3, 6, 9, 12]
+
+
+def test_rows_that_a_resumed_run_writes_again_are_not_doubled(tmp_path):
+    run("copy", tmp_path, stop=10)
+    for path in store.checkpoints(tmp_path / "checkpoints")[:1]:
+        path.unlink()  # as if it had been killed after step 8's checkpoint
+    with (tmp_path / "log.csv").open("a") as f:
+        f.write("11,0.5")  # and in the middle of a row
+    run("copy", tmp_path, resume=True)
+    assert [int(r["step"]) for r in read(tmp_path)] == [3, 6, 9, 12]
+
+
+def test_the_coach_ratio_falls_below_one_when_the_coach_has_learnt_something():
+    options = replace(TINY, steps=150, lr=1e-6, coach_lr=5e-3)
+    steps = list(train(*build("copy"), batches, options))
+    first, last = (sum(s.logs["coach_ratio"] for s in part) / 10 for part in (steps[:10], steps[-10:]))
+    assert last < 0.9 and last < first
+
+
+# --------------------------------------------------------------------------------------------- regression's cache
+
+
+def test_pairs_are_where_the_teachers_solver_goes():
+    teacher = Mixture(ring(4), 0.1, SCHEDULE)
+    options = RegressionOptions(guidance=1.5, solver_steps=6)
+    null = {"mode": torch.tensor([-1])}
+
+    def prompts(step, generator):
+        return {"cond": {"mode": torch.randint(4, (16,), generator=generator)}, "shape": (16, 2)}
+
+    told = []
+    generator, tell = torch.Generator().manual_seed(0), lambda n, seconds: told.append(n)
+    pairs = build_pairs(teacher, prompts, options, generator, null=null, count=40, progress=tell)
+    assert len(pairs) == 48 and told == [16, 32, 48] and pairs.batch_size == 16
+    again = solve(guided(teacher, 1.5, null), pairs.z[:5], {"mode": pairs.cond["mode"][:5]}, steps=6)
+    torch.testing.assert_close(pairs.x0[:5], again)
+    batch = pairs(0, torch.Generator().manual_seed(1))
+    row = (pairs.z == batch["z"][3]).all(1).nonzero().item()
+    assert torch.equal(batch["x0"][3], pairs.x0[row]) and batch["cond"]["mode"][3] == pairs.cond["mode"][row]
+
+
+def test_pairs_within_a_time_and_without_any_budget():
+    teacher = Mixture(ring(4), 0.1, SCHEDULE)
+    source, g = lambda step, generator: {"cond": None, "shape": (4, 2)}, torch.Generator()
+    assert len(build_pairs(teacher, source, RegressionOptions(guidance=1.0), g, seconds=0)) == 4
+    with pytest.raises(ValueError, match="count or seconds"):
+        build_pairs(teacher, source, RegressionOptions(guidance=1.0), g)
+
+
+def test_regression_learns_the_solvers_map():
+    """The student ends nearer to the pairs than the teacher called once, and covers every mode."""
+    teacher = Mixture(ring(4), 0.1, SCHEDULE)
+    source = lambda step, generator: {"cond": {"c": torch.zeros(256, 2)}, "shape": (256, 2)}  # noqa: E731
+    call = lambda x, t, cond: teacher(x, t)  # noqa: E731
+    call.schedule = SCHEDULE
+    generator = torch.Generator().manual_seed(0)
+    pairs = build_pairs(call, source, RegressionOptions(guidance=1.0, solver_steps=20), generator, count=2000)
+    method, student, _ = build("regression")
+    options = TrainOptions(steps=400, lr=1e-2, ema=0.9)
+    *_, last = train(method, student, None, pairs, options)
+    with torch.no_grad():
+        x = one_step(make(last.ema))(pairs.z, pairs.cond)
+    assert (x - pairs.x0).square().mean() < 0.3 * (one_step(teacher)(pairs.z) - pairs.x0).square().mean()
+    assert (torch.bincount(torch.cdist(x, teacher.means).argmin(1), minlength=4) > len(pairs) / 8).all()
+
+
+def test_neighbouring_seeds_share_nothing():
+    draws = torch.stack([torch.randn(1000, generator=seeded("cpu", 0, step, 0, 0)) for step in range(20)])
+    assert (torch.corrcoef(draws) - torch.eye(20)).abs().max() < 0.15
+    assert seeded("cpu", 1, 2).initial_seed() != seeded("cpu", 2, 1).initial_seed()
