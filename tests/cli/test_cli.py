@@ -22,7 +22,7 @@ from distill.tutorial.bundled import bundled
 
 
 def distill(*args, cwd=None, **how):
-    command = [sys.executable, "-m", "distill.cli", *map(str, args)]
+    command = [sys.executable, "-m", "distill", *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1200, **how)
 
 
@@ -108,7 +108,7 @@ def test_a_weak_teacher_called_otherwise_is_refused(tmp_path):
 
 def test_demo_survives_ctrl_c_and_goes_on(tmp_path):
     out = tmp_path / "demo"
-    command = [sys.executable, "-m", "distill.cli", "demo", "--minutes", "0.5", "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-m", "distill", "demo", "--minutes", "0.5", "--out", str(out), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 300

@@ -305,7 +305,7 @@ def test_a_layer_of_another_shape_is_told_with_the_file(student, tmp_path):
 
 
 def distill(*args):
-    command = [sys.executable, "-m", "distill.cli", *map(str, args)]
+    command = [sys.executable, "-m", "distill", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
