@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 import tyro
 
-from distill.backbones.model import load
-from distill.cli import train
+from distill.backbones import load
+from distill.methods.regression import RegressionOptions
 from distill.methods.sds import SDSOptions
 from distill.methods.vsd import VSDOptions
-from distill.training.loop import TrainOptions
+from distill.training.options import TrainOptions
+from distill.training.students import train_student
 from distill.tutorial.bundled import bundled
 from distill.tutorial.metrics import Judge, evaluate
+from distill.tutorial.prompts import shape_batches
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,24 @@ class Options:
     prompts: tuple[str, ...] = ("a large star", "a small red ring on a blue background, top left")
 
 
-TRAINING = {  # VSD and SDS differ in the coach alone
-    "vsd": dict(lr=2e-4, coach_lr=1e-3, coach_warmup=20),
-    "sds": dict(lr=2e-4),
-    "regression": dict(lr=1e-3, decay_from=0.4),
+LAW = {"guidance": 2.0, "guidance_until": 0.45, "lr": 2e-4}
+METHODS = {  # VSD and SDS differ in the coach alone
+    "vsd": (VSDOptions(**LAW, coach="copy", coach_warmup=20), {}),
+    "sds": (SDSOptions(**LAW), {}),
+    "regression": (RegressionOptions(), {"decay_from": 0.4}),
 }
 NAMES = {"vsd": "VSD, with a coach", "sds": "SDS, no coach", "regression": "regression on pairs"}
 
 
 def main(o: Options) -> None:
     judge, rows, images = Judge.load(), {}, {}
-    for method, how in TRAINING.items():
-        training = TrainOptions(steps=None, minutes=o.minutes, **how)
-        folder = o.out / method
-        if not (folder / "student.safetensors").exists():
-            options = train.Train(
-                out=folder, method=method, coach="copy", device="cpu", training=training,
-                vsd=VSDOptions(guidance=2.0, guidance_until=0.45), sds=SDSOptions(guidance=2.0, guidance_until=0.45),
-            )  # fmt: skip
-            train.run(options)
-        student = load(folder / "student.safetensors")
+    for method, (options, how) in METHODS.items():
+        file = o.out / method / "student.safetensors"
+        if not file.exists():
+            teacher, training = load(bundled("teacher")), TrainOptions(steps=None, minutes=o.minutes, **how)
+            *_, last = train_student(teacher, options, shape_batches(teacher, 32), training, file.parent)
+            teacher.save_student(file, last.ema, method=method)
+        student = load(file)
         rows[NAMES[method]] = evaluate(student.sample, judge).to_dict()
         images[NAMES[method]] = [student.sample([p] * 12, torch.Generator().manual_seed(1)) for p in o.prompts]
         print(NAMES[method], rows[NAMES[method]], flush=True)

@@ -22,7 +22,8 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from distill.backbones.model import Model, load
+from distill.backbones import load
+from distill.backbones.base import Backbone
 from distill.file import layouts
 from distill.packed.weight import QuantizedWeight, layers
 from distill.quantize.run import Quantize, quantize_file
@@ -94,16 +95,16 @@ def one(source: Path, how: Quantize, judge: Judge, o: Options) -> dict:
     dense = {x.name: x for x in report.layers}
     kept = {"bits_per_weight": report.bits_per_weight, "packed": packed(tensors, dense), "seconds": seconds}
     kept |= {"output_error": report.output_error, "psnr": report.psnr}
-    with rounding_activations(model.unet, quantized) if how.method == "smoothquant" else nullcontext():
+    with rounding_activations(model.net, quantized) if how.method == "smoothquant" else nullcontext():
         return kept | measure(model, judge, o)
 
 
-def dequantized(source: Path, tensors: dict) -> tuple[Model, dict[str, QuantizedWeight]]:
+def dequantized(source: Path, tensors: dict) -> tuple[Backbone, dict[str, QuantizedWeight]]:
     """The dense model with the weights that the codes stand for; and its quantized layers by module."""
     model, dense = load(source), Dequantized(tensors)
     config = model.meta.architecture["unet"]
-    names = layouts.unet_to_ldm({k: k for k in model.unet.state_dict()}, config)  # file's name -> module's
-    model.unet.load_state_dict({ours: dense[layouts.UNET + ldm].float() for ldm, ours in names.items()})
+    names = layouts.unet_to_ldm({k: k for k in model.net.state_dict()}, config)  # file's name -> module's
+    model.net.load_state_dict({ours: dense[layouts.UNET + ldm].float() for ldm, ours in names.items()})
     marked = set(layers(tensors))
     quantized = {}
     for ldm, ours in names.items():
@@ -135,7 +136,7 @@ def packed(tensors: dict, report: dict) -> float:
     return bits / total
 
 
-def measure(model: Model, judge: Judge, o: Options) -> dict:
+def measure(model: Backbone, judge: Judge, o: Options) -> dict:
     """accuracy, held-out accuracy, Frechet distance; and how many pictures are behind them."""
     if model.meta.steps == 1:
         r = evaluate(model.sample, judge, o.n)

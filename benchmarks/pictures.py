@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from distill.backbones.model import load, to_pil
+from distill.backbones import load
+from distill.backbones.base import to_pil
 from distill.file.metadata import read_metadata
 from distill.tutorial import shapes
 from distill.tutorial.bundled import bundled

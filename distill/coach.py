@@ -14,10 +14,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from .denoiser import Cond, Denoiser
+from .denoiser import Cond, Denoiser, Make
 from .schedule import Schedule
-
-Make = Callable[[nn.Module], Denoiser]  # e.g. lambda net: from_net(diffusers_net(net), schedule, "x0")
 
 
 class Coach(Protocol):
@@ -33,6 +31,9 @@ class Coach(Protocol):
         """The trained tensors alone."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def close(self) -> None:
+        """Give the teacher's net back as it was; the coach is gone."""
 
 
 class CopyCoach:
@@ -52,14 +53,17 @@ class CopyCoach:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.module["coach"].load_state_dict(state)
 
+    def close(self) -> None:
+        """Nothing to do: the teacher was never touched."""
+
 
 class LoraCoach:
     """Teacher and coach as two views of one frozen net: adapters off, adapters on (peft).
 
     `net` is wrapped in place: copy the student from it first, and from then on call it through .teacher.
     Default rank 64 and alpha 128: SwiftBrush v2 (2408.14176) and NASA. targets: names or endings of names of the
-    layers to adapt; default all Linear and Conv2d, because a coach on attention alone could not follow the student
-    (reference/tutorial-world.md). The adapters start at zero effect: the coach starts as the teacher.
+    layers to adapt; default all Linear and Conv2d: in the tutorial world a coach on attention alone could not follow
+    the student (its loss rose sevenfold). The adapters start at zero effect: the coach starts as the teacher.
     """
 
     def __init__(
@@ -97,6 +101,13 @@ class LoraCoach:
         finally:
             for layer in self._layers:
                 layer.enable_adapters(True)
+
+    def close(self) -> None:
+        """Take the adapters off the net for good."""
+        for name, module in list(self.module.named_modules()):
+            if module in self._layers:
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.module.get_submodule(parent), leaf, module.get_base_layer())
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._adapters.values())

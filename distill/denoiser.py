@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .schedule import SIGMA_DATA, Schedule, expand
 
-Cond = Mapping[str, Tensor] | None  # batch first; None: no condition
+Cond = Any  # tensors, batch first, in dicts, lists and tuples as the net takes them; None: no condition
 Net = Callable[[Tensor, Tensor, Cond], Tensor]  # (x, index, cond) -> raw
 
 
@@ -25,6 +25,26 @@ class Denoiser(Protocol):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t (B, ...), t (B,) in [0, 1] -> x0, of x_t's shape."""
+
+
+Make = Callable[[nn.Module], Denoiser]  # e.g. lambda net: from_net(diffusers_net(net), schedule, "x0")
+
+
+def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:
+    """fn over the tensors of conditions of one structure, as `fn(a, b, ...)`; None where the first is None.
+
+    map_cond(lambda *rows: torch.cat(rows), c1, c2) joins two batches. Raises ValueError where structures differ.
+    """
+    first = conds[0]
+    if first is None or isinstance(first, Tensor):
+        return None if first is None else fn(*conds)
+    if isinstance(first, Mapping):
+        if any(not isinstance(c, Mapping) or c.keys() != first.keys() for c in conds):
+            raise ValueError(f"conditions differ: {sorted(first)} and {[sorted(c or ()) for c in conds[1:]]}")
+        return {k: map_cond(fn, *(c[k] for c in conds)) for k in first}
+    if any(len(c) != len(first) for c in conds):
+        raise ValueError(f"conditions differ: {[len(c) for c in conds]} parts")
+    return type(first)(map_cond(fn, *parts) for parts in zip(*conds))
 
 
 # ------------------------------------------------------------------------------------------- prediction types
@@ -105,18 +125,18 @@ class Guided:
 
     denoiser: Denoiser
     w: float | Tensor
-    null: Mapping[str, Tensor]
+    null: Cond
 
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.with_plain(x_t, t, cond)[0]
 
-    def with_plain(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def with_plain(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The guided x0, and the unguided one that was computed on the way."""
-        doubled = {k: torch.cat([v, like_batch(self.null[k], v)]) for k, v in cond.items()}
+        doubled = map_cond(lambda v, n: torch.cat([v, like_batch(n, v)]), cond, self.null)
         given, unknown = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), doubled).chunk(2)
         w = expand(self.w, x_t) if isinstance(self.w, Tensor) else self.w
         return unknown + w * (given - unknown), given
@@ -187,4 +207,4 @@ def drop(cond: Cond, null: Cond, keep: Tensor) -> Cond:
     """cond with the null prompt in the rows where keep (B,) is False."""
     if cond is None or null is None:
         return cond
-    return {k: torch.where(expand(keep, v), v, like_batch(null[k], v)) for k, v in cond.items()}
+    return map_cond(lambda v, n: torch.where(expand(keep, v), v, like_batch(n, v)), cond, null)

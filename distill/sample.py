@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from .checks import need
 from .denoiser import Cond, Denoiser
 from .schedule import expand, randn
 
-Student = Callable[[Tensor, Cond], Tensor]  # g(z, cond) -> x0
+Generate = Callable[[Tensor, Cond], Tensor]  # g(z, cond) -> x0
 
 
-def one_step(denoiser: Denoiser, t_in: float = 1.0) -> Student:
+def one_step(denoiser: Denoiser, t_in: float = 1.0) -> Generate:
     """The student g(z, cond) -> x0: the denoiser called once at t_in (schedule.time(999) for a native index).
 
     z ~ N(0, 1) stands in for x_t. It is scaled to the spread sqrt(alpha^2 + sigma^2) that a noised unit-variance
@@ -99,6 +100,7 @@ def solve(
     The last step is plain: it returns the x0 predicted there. callback(i, x0) sees every prediction.
     """
     times = trailing(steps) if times is None else times
+    need(solver in SOLVERS, "solver", solver, f"one of {', '.join(SOLVERS)}")
     step, schedule, before = SOLVERS[solver], denoiser.schedule, None
     ts = [torch.full((len(z),), t, device=z.device) for t in times]
     levels = [(expand(schedule.alpha(t), z), expand(schedule.sigma(t), z)) for t in ts]

@@ -51,14 +51,20 @@ def expand(v: Tensor, x: Tensor) -> Tensor:
 
 
 def ddpm(
-    beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000, shift: float = 1.0
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    num_train_timesteps: int = 1000,
+    shift: float = 1.0,
+    beta_schedule: str = "scaled_linear",
 ) -> Schedule:
-    """Stable Diffusion's scaled-linear schedule; alpha^2 + sigma^2 = 1. Defaults: SD 1.x, 2.x and XL.
+    """Diffusers' schedules by betas, "scaled_linear" or "linear"; alpha^2 + sigma^2 = 1. Defaults: SD 1.x, 2.x and XL.
 
     The net knows whole indices only, so t snaps to the nearest one and alpha, sigma come from the table.
     shift multiplies sigma/alpha (Hoogeboom et al. 2023, simple diffusion, eq. 5): small images need more noise.
     """
-    args = (beta_start, beta_end, num_train_timesteps, shift)
+    if beta_schedule not in POWERS:
+        raise ValueError(f"beta_schedule {beta_schedule!r} is not one of {', '.join(POWERS)}")
+    args = (beta_start, beta_end, num_train_timesteps, shift, POWERS[beta_schedule])
     last = num_train_timesteps - 1
 
     def index(t: Tensor) -> Tensor:
@@ -67,14 +73,19 @@ def ddpm(
     def lookup(row: int) -> Callable[[Tensor], Tensor]:
         return lambda t: _ddpm_table(*args, t.device)[row][index(t).long()].to(t.dtype)
 
-    spec = {"kind": "ddpm", "beta_start": beta_start, "beta_end": beta_end, "beta_schedule": "scaled_linear"}
+    spec = {"kind": "ddpm", "beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
     spec |= {"num_train_timesteps": num_train_timesteps, "shift": shift}
     return Schedule("ddpm", lookup(0), lookup(1), index, lambda i: i / last, spec)
 
 
+POWERS = {"scaled_linear": 2.0, "linear": 1.0}  # betas are even in their 1/power
+
+
 @lru_cache(maxsize=16)
-def _ddpm_table(beta_start: float, beta_end: float, num: int, shift: float, device: torch.device) -> Tensor:
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num, dtype=torch.float64) ** 2
+def _ddpm_table(
+    beta_start: float, beta_end: float, num: int, shift: float, power: float, device: torch.device
+) -> Tensor:
+    betas = torch.linspace(beta_start ** (1 / power), beta_end ** (1 / power), num, dtype=torch.float64) ** power
     abar = (1 - betas).cumprod(0)
     s = shift * ((1 - abar) / abar).sqrt()  # sigma / alpha
     table = torch.stack([1 / (1 + s**2).sqrt(), s / (1 + s**2).sqrt()])  # (2, num): alpha, sigma
@@ -139,8 +150,6 @@ def from_spec(spec: dict) -> Schedule:
     kind = options.pop("kind", None)
     if kind not in SCHEDULES:
         raise ValueError(f"schedule kind {kind!r} is not one of {', '.join(SCHEDULES)}")
-    if kind == "ddpm" and (curve := options.pop("beta_schedule", "scaled_linear")) != "scaled_linear":
-        raise ValueError(f"beta_schedule {curve!r} is not supported; only 'scaled_linear' is")
     try:
         return SCHEDULES[kind](**options)
     except TypeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from .denoiser import Cond
+from .denoiser import Cond, Denoiser
 from .schedule import Schedule, expand, rand, randn
 
 
@@ -79,3 +79,35 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, index: Tensor, cond: Cond = None) -> Tensor:
         t = (index / self.scale)[:, None].to(x)
         return self.layers(torch.cat([x, t, (3 * t).cos(), (3 * t).sin()], dim=1))
+
+
+class Student(nn.Module):
+    """x = z + net(z): a one-step generator of points (B, D), whose first samples are the noise itself."""
+
+    def __init__(self, dim: int = 2, hidden: int = 64, generator: Generator | None = None):
+        super().__init__()
+        self.net = MLP(dim, hidden, generator=generator)
+
+    def forward(self, z: Tensor, cond: Cond = None) -> Tensor:
+        return z + self.net(z, torch.full((len(z),), self.net.scale))
+
+
+class Coach:
+    """A coach beside an exact teacher: teacher + net; the net is zero at first, so the coach starts as the teacher."""
+
+    def __init__(self, teacher: Denoiser, dim: int = 2, hidden: int = 64, generator: Generator | None = None):
+        self.teacher, self.module, self.denoiser = teacher, MLP(dim, hidden, generator=generator), self
+        self.schedule = teacher.schedule
+        nn.init.zeros_(self.module.layers[-1].weight), nn.init.zeros_(self.module.layers[-1].bias)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.teacher(x_t, t, cond) + self.module(x_t, self.schedule.index(t))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(state)

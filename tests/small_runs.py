@@ -8,18 +8,19 @@ import torch
 from torch import nn
 
 from distill import schedule as S
-from distill.coach import CopyCoach, LoraCoach
 from distill.denoiser import from_net
-from distill.methods.regression import Regression, RegressionOptions
-from distill.methods.sds import SDS, SDSOptions
-from distill.methods.vsd import VSD, VSDOptions
-from distill.sample import one_step
+from distill.methods.base import Parts
+from distill.methods.regression import RegressionOptions
+from distill.methods.sds import SDSOptions
+from distill.methods.vsd import VSDOptions
+from distill.student import Student
 from distill.toy import MLP
 from distill.training import store
-from distill.training.loop import TrainOptions, train
+from distill.training.loop import train
+from distill.training.options import TrainOptions
 
 SCHEDULE = S.flow()
-TINY = TrainOptions(steps=12, save_every=4, log_every=3, lr=1e-3, coach_lr=2e-3, coach_steps=2, accumulate=2, seed=7)
+TINY = TrainOptions(steps=12, save_every=4, log_every=3, accumulate=2, seed=7)
 
 
 class Net(nn.Module):
@@ -38,20 +39,25 @@ def make(net):
     return from_net(net, SCHEDULE, "x0")
 
 
-def build(kind):
-    """(method, student, coach), always the same."""
+def build(kind, seed=1, **changes):
+    """The method, always the same but for `changes` to its options."""
     net = Net()
-    student, null = copy.deepcopy(net), {"c": torch.zeros(1, 2)}
-    if kind == "lora":
-        coach = LoraCoach(net, make, rank=4, generator=torch.Generator().manual_seed(1))
-    else:
-        coach = CopyCoach(net, make)
+    student, null = Student(copy.deepcopy(net), make), {"c": torch.zeros(1, 2)}
+    generator = torch.Generator().manual_seed(seed)
+    parts = Parts(net, make, student, null, generator=generator)
     if kind == "sds":
-        return SDS(SDSOptions(), one_step(make(student)), coach, null), student, None
+        return SDSOptions(**{"lr": 1e-3} | changes).build(parts)
     if kind == "regression":
-        return Regression(RegressionOptions(), one_step(make(student))), student, None
-    options = VSDOptions(guidance=1.0, guidance_max=3.0, coach_batch="shared" if kind == "shared" else "fresh")
-    return VSD(options, one_step(make(student)), coach, null), student, coach
+        return RegressionOptions(**{"lr": 1e-3} | changes).build(parts)
+    options = {"guidance": 1.0, "guidance_max": 3.0, "coach_batch": "shared" if kind == "shared" else "fresh"}
+    options |= {
+        "lr": 1e-3,
+        "coach_lr": 2e-3,
+        "coach_steps": 2,
+        "coach": "lora" if kind == "lora" else "copy",
+        "rank": 4,
+    }
+    return VSDOptions(**options | changes).build(parts)
 
 
 def batches(step, generator):
@@ -60,10 +66,10 @@ def batches(step, generator):
     return {"cond": cond, "shape": (8, 2), "z": z, "x0": x0}
 
 
-def run(kind, out=None, options=TINY, resume=False, stop=None, source=batches):
+def run(kind, out=None, options=TINY, resume=False, stop=None, source=batches, **changes):
     """Train to the end or to step `stop`; the last step."""
     step = None
-    for step in train(*build(kind), source, options, out, resume):
+    for step in train(build(kind, **changes), source, options, out, resume):
         if step.step == stop:
             break
     gc.collect()

@@ -92,6 +92,13 @@ def test_a_wrong_spec_names_what_is_wrong(spec, word):
         S.from_spec(spec)
 
 
-def test_only_the_scaled_linear_curve():
-    with pytest.raises(ValueError, match="linear"):
-        S.from_spec({"kind": "ddpm", "beta_schedule": "linear"})
+@pytest.mark.parametrize("curve", ["linear", "scaled_linear"])
+def test_curves_of_betas_are_diffusers(curve):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(beta_start=0.001, beta_end=0.02, beta_schedule=curve).alphas_cumprod
+    schedule = S.from_spec({"kind": "ddpm", "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": curve})
+    assert S.from_spec(schedule.spec).spec == schedule.spec
+    ours = schedule.alpha(schedule.time(torch.arange(1000.0))) ** 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="'cosine' is not one of scaled_linear, linear"):
+        S.from_spec({"kind": "ddpm", "beta_schedule": "cosine"})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from distill.backbones import load
 from distill.backbones.patch import PatchAutoencoder
 from distill.file import checkpoint
 
@@ -88,7 +91,7 @@ def tokenizer():
     )
 
 
-def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_config) -> checkpoint.Modules:
+def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_config) -> Modules:
     """Random weights; `unet_config` overrides UNET, text TEXT; vae is "patch" (the tutorial's) or "kl"."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -106,10 +109,25 @@ def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_
             text_encoder.get_input_embeddings().weight.add_(
                 torch.randn_like(text_encoder.get_input_embeddings().weight)
             )
-    return checkpoint.Modules(unet.eval(), vae.eval(), text_encoder.eval(), words)
+    return Modules(unet.eval(), vae.eval(), text_encoder.eval(), words)
 
 
-def pipeline(mods: checkpoint.Modules, **meta) -> checkpoint.Pipeline:
+class Modules(NamedTuple):
+    """The parts of a model."""
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+
+
+def build(path) -> Modules:
+    """A file's parts, as `distill` opens it."""
+    model = load(path)
+    return Modules(*(model.parts.get(name) for name in Modules._fields[:3]), model.tokenizer)
+
+
+def pipeline(mods: Modules, **meta) -> checkpoint.Pipeline:
     """`meta` overrides: a one-step x0 student at the last timestep."""
     fields = {"prediction": "x0", "schedule": DDPM, "t_in": 999, "latent": LATENT, "method": "vsd", "steps": 1}
     fields |= {"guidance": {"scale": 2.0, "baked": True}}
@@ -121,14 +139,14 @@ def write(path, dtype=None, seed: int = 0, vae="patch", text: dict | None = None
     return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, vae, text, **unet or {}), **meta)), dtype)
 
 
-def decode(mods: checkpoint.Modules, latent: torch.Tensor) -> torch.Tensor:
+def decode(mods: Modules, latent: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
     image = mods.vae.decode(latent)
     return getattr(image, "sample", image).clamp(-1, 1)
 
 
 @torch.no_grad()
-def encode(mods: checkpoint.Modules, prompts: list[str]) -> dict[str, torch.Tensor]:
+def encode(mods: Modules, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Prompts -> the U-Net's keyword arguments."""
     ids = mods.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     out = mods.text_encoder(ids)

@@ -1,1 +1,49 @@
-"""One file per family of networks: how to open, encode, call, decode and save it."""
+"""One file per family of networks: how to open, encode, call, decode and save it. Nothing else knows a network class.
+
+A new family is a file here with a subclass of `Backbone`, and a line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from ..file.metadata import read_metadata
+from ..header import CheckpointError
+from .base import Backbone
+
+FAMILIES = {"stable_diffusion": ("StableDiffusion", ["StableDiffusionPipeline"])}
+"""Family, as metadata names it (and its module here): its class, and diffusers' pipelines that are of it."""
+
+
+def family(name: str) -> type[Backbone]:
+    """The class of a family. Raises KeyError for one that is not in FAMILIES."""
+    return getattr(import_module(f".{name}", __package__), FAMILIES[name][0])
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+    """Open a OneStep file, or a folder that diffusers' `save_pretrained` wrote.
+
+    Raises CheckpointError where it is not sound, is of no known family, or lacks a part.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        name = read_metadata(path).family
+        if name not in FAMILIES:
+            raise CheckpointError(f"{path}: of the family {name!r}, which this OneStep does not know. Update OneStep.")
+        return family(name).from_file(path, device, dtype)
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{path}: no model_index.json in it. Give a diffusers folder, or a OneStep file.")
+    try:
+        pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{index}: not a pipeline's index. Save it again with save_pretrained.") from None
+    for name, (_, pipelines) in FAMILIES.items():
+        if pipeline in pipelines:
+            return family(name).from_folder(path, device, dtype)
+    known = ", ".join(p for _, pipelines in FAMILIES.values() for p in pipelines)
+    raise CheckpointError(f"{path}: a {pipeline}, of which no backbone is known; there are {known}.")

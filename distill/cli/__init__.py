@@ -11,7 +11,9 @@ from pathlib import Path
 import tyro
 
 from ..quantize.run import Quantize
-from ..tutorial.demo import Demo
+from ..tutorial.bundled import find
+from . import demo, train
+from .demo import Demo
 from .train import Train
 
 
@@ -73,17 +75,12 @@ class Info:
     """A OneStep safetensors file, or the bundled student or teacher."""
 
 
-def find(model: str) -> Path:
-    from ..tutorial.bundled import bundled
-
-    return bundled(model) if model in ("student", "teacher") else Path(model)
-
-
 def sample(o: Sample) -> None:
     import torch
     from PIL import Image
 
-    from ..backbones.model import load, to_pil
+    from ..backbones import load
+    from ..backbones.base import to_pil
     from .console import pick_device
 
     model = load(find(o.model), pick_device(o.device))
@@ -99,7 +96,7 @@ def sample(o: Sample) -> None:
 
 
 def eval_(o: Eval) -> None:
-    from ..backbones.model import load
+    from ..backbones import load
     from ..tutorial.metrics import Judge, evaluate
     from .console import pick_device, print_table
 
@@ -169,8 +166,6 @@ def main() -> None:
     """Run one command; what a user can mend is told in one line, without a traceback."""
     from ..header import CheckpointError
     from ..training.loop import Diverged
-    from ..tutorial import demo
-    from . import train
 
     commands = {"demo": Demo, "train": Train, "sample": Sample, "eval": Eval, "quantize": QuantizeFile, "info": Info}
     o = tyro.extras.subcommand_cli_from_dict(commands, prog="distill", description=__doc__)

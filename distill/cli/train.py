@@ -1,118 +1,136 @@
-"""`distill train`: a one-step student from any OneStep teacher file, by any method in `methods/`."""
+"""`distill train vsd|sds|regression`: a one-step student from any teacher, by any method in `methods/`."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Union
 
-from torch import nn
-from tqdm import tqdm
+import tyro
 
-from ..backbones.model import Model, load, save_student, weak_teacher
-from ..coach import CopyCoach, LoraCoach
-from ..methods.regression import Regression, RegressionOptions, build_pairs
-from ..methods.sds import SDS, SDSOptions
-from ..methods.vsd import VSD, VSDOptions
-from ..sample import one_step
-from ..training.loop import Step, TrainOptions, seeded, train
-from ..training.prompts import prompt_batches, read_prompts
-from ..tutorial.bundled import bundled
-from ..tutorial.prompts import shape_batches
-from .console import pick_device
+from ..methods import METHODS
+from ..training.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Run:
+    out: Path
+    """Folder for student.safetensors, log.csv, TensorBoard files and checkpoints."""
+    teacher: str = "teacher"
+    """The bundled teacher, a OneStep file, or a folder of diffusers'."""
+    weak: str | None = None
+    """A worse teacher of the same kind, for --autoguidance. Default: an early checkpoint of the bundled teacher."""
+    init: str | None = None
+    """A OneStep file to start the student from, such as the student of a regression. Default: the teacher."""
+    prompts: Path | None = None
+    """A text file with one prompt a line. Default, for teachers of the tutorial world: that world's."""
+    batch_size: int = 32
+    t_in: float | None = None
+    """The timestep the student is called at, as the net counts them. Default: the teacher's noisiest. DMD2: 399."""
+    device: str = "auto"
+    """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
+
+
+def _command(name: str, options: type) -> type:
+    """The dataclass of `distill train NAME`: a run's options and the method's."""
+    of_method = ("options", tyro.conf.OmitArgPrefixes[options], field(default_factory=options))
+    made = make_dataclass(f"Train_{name}", [of_method], bases=(Run,), frozen=True)
+    made.method, made.__doc__ = name, sys.modules[options.__module__].__doc__.splitlines()[0]
+    return Annotated[made, tyro.conf.subcommand(name)]
+
+
+COMMANDS = {name: _command(name, options) for name, options in METHODS.items()}
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a one-step student. Ctrl-C leaves a student; the same command with --resume goes on."""
 
-    out: Path
-    """Folder for student.safetensors, log.csv, TensorBoard files and checkpoints."""
-    teacher: Path | None = None
-    """A OneStep teacher file. Default: the bundled one."""
-    weak: Path | None = None
-    """A worse teacher of the same kind, for --vsd.autoguidance. Default: an early checkpoint of the bundled teacher."""
-    init: Path | None = None
-    """A OneStep file to start the student from, such as the student of a regression. Default: the teacher."""
-    method: Literal["vsd", "sds", "regression"] = "vsd"
-    """vsd: with a coach. sds: without one, to see it collapse. regression: on teacher pairs, a good start for vsd."""
-    prompts: Path | None = None
-    """A text file with one prompt a line. Default: the tutorial world's."""
-    batch_size: int = 32
-    t_in: float | None = None
-    """The timestep the student is called at, as the net counts them. Default: the teacher's noisiest. DMD2: 399."""
-    coach: Literal["lora", "copy"] = "lora"
-    """lora: adapters on the frozen teacher, least memory (SwiftBrush). copy: a second net, better and often faster."""
-    rank: int = 64
-    """Of the LoRA coach (SwiftBrush 64)."""
-    pairs: int = 4096
-    """Teacher pairs for the regression."""
-    device: str = "auto"
-    resume: bool = False
-    """Go on with the run in `out`."""
-    training: TrainOptions = field(default_factory=TrainOptions)
-    vsd: VSDOptions = field(default_factory=VSDOptions)
-    sds: SDSOptions = field(default_factory=SDSOptions)
-    regression: RegressionOptions = field(default_factory=RegressionOptions)
+    how: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Union[tuple(COMMANDS.values())]]]  # noqa: UP007
+    """The method."""
 
 
 def run(o: Train) -> Path:
     """Train, write out/student.safetensors, return its path. Raises CheckpointError, Diverged, FileExistsError."""
-    device = pick_device(o.device)
-    teacher = load(o.teacher or bundled("teacher"), device)
-    student = load(o.init, device).unet if o.init else copy.deepcopy(teacher.unet)
-    student.requires_grad_(True)
+    return train(o.how)
+
+
+def train(o: Run) -> Path:
+    """As `run`, from one of COMMANDS' dataclasses."""
+    from ..backbones import load
+    from ..backbones.base import weaker
+    from ..checks import need
+    from ..header import CheckpointError
+    from ..training.prompts import prompt_batches, read_prompts
+    from ..training.students import train_student
+    from ..tutorial.bundled import find
+    from ..tutorial.prompts import shape_batches, speaks
+    from .console import bars, pick_device
+
+    need(o.batch_size >= 1, "batch-size", o.batch_size, "1 or more")
+    file = o.out / "student.safetensors"
+    if file.exists() and not o.resume:
+        raise FileExistsError(f"{file} exists: add --resume to go on with that run, or name another folder")
+    prompts = read_prompts(o.prompts) if o.prompts else None
+    teacher = load(find(o.teacher), pick_device(o.device))
+    teacher.time(o.t_in)
+    if prompts is None and not speaks(teacher):
+        raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")
+    weak = None
+    if getattr(o.options, "autoguidance", 1.0) != 1:
+        if o.weak is None and o.teacher != "teacher":
+            raise ValueError("autoguidance needs --weak, a worse version of the teacher, such as an early checkpoint")
+        weak = weaker(teacher, load(find(o.weak or "weak"), teacher.device))
+    net = None
+    if o.init is not None:
+        net = load(find(o.init), teacher.device).net
+        ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (teacher.net, net))
+        if ours != theirs:
+            raise CheckpointError(f"{o.init}: another architecture than {teacher.name}'s. Start from one of its kind.")
+    if prompts is None:
+        batches = shape_batches(teacher, o.batch_size)
+    else:
+        batches = prompt_batches(teacher, prompts, o.batch_size)
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()}
-    latest = None
+    guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
+    about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
+    step = None
     try:
-        for step in steps(o, teacher, student, t_in, device):
-            latest = step.ema
+        with bars() as told:
+            how = {"net": net, "t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in)}
+            for step in train_student(teacher, o.options, batches, o.training, o.out, **how, told=told):
+                told(o.method, step.progress, **step.logs)
     except KeyboardInterrupt:
-        print(f"\nStopped. {o.out}/student.safetensors is the student so far; the same command with --resume goes on.")
+        left = "nothing to keep yet" if step is None else f"{file} is the student so far"
+        print(f"\nStopped: {left}; the same command with --resume goes on.")
         raise
     finally:
-        if latest is not None:
-            save_student(o.out / "student.safetensors", teacher, latest, method=o.method, t_in=t_in, config=config)
-    print(o.out / "student.safetensors")
-    return o.out / "student.safetensors"
+        if step is not None:
+            teacher.save_student(file, step.ema, **about)
+    print(file)
+    return file
 
 
-def steps(o: Train, teacher: Model, student: nn.Module, t_in: float, device):
-    """The loop, with a progress bar."""
-    null = teacher.encode([""])
-    g = one_step(teacher.wrap(student), teacher.denoiser.schedule.time(t_in))
-
-    batches = shape_batches(teacher, o.batch_size)
-    if o.prompts:
-        batches = prompt_batches(teacher, read_prompts(o.prompts), o.batch_size)
-    coach = None
-    if o.method == "regression":
-        how = {"null": null, "count": o.pairs}
-        with tqdm(total=o.pairs, desc="teacher pairs") as bar:
-            drawn = build_pairs(
-                teacher.denoiser, batches, o.regression, seeded("cpu", o.training.seed, 1),
-                progress=lambda n, _: bar.update(n - bar.n), **how,
-            )  # fmt: skip
-        method, batches = Regression(o.regression, g), drawn
-    elif o.method == "sds":
-        weak = weak_teacher(teacher, o.weak) if o.sds.autoguidance != 1 else None
-        method = SDS(o.sds, g, CopyCoach(teacher.unet, teacher.wrap), null, weak=weak)  # only the teacher is called
-    else:
-        net = copy.deepcopy(teacher.unet)
-        coach = CopyCoach(net, teacher.wrap) if o.coach == "copy" else LoraCoach(net, teacher.wrap, rank=o.rank)
-        weak = weak_teacher(teacher, o.weak) if o.vsd.autoguidance != 1 else None
-        method = VSD(o.vsd, g, coach, null, weak=weak)
-    with tqdm(
-        total=1.0, desc=o.method, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    ) as bar:
-        for step in train(method, student, coach, batches, o.training, o.out, resume=o.resume):
-            show(bar, step)
-            yield step
+def identity(o: Run, t_in: float) -> dict[str, Any]:
+    """What makes a run the run it is: a resume with another one is refused."""
+    fixed = {name: getattr(o.options, name) for name in ("coach", "rank") if hasattr(o.options, name)}
+    names = {name: Path(p).name if (p := getattr(o, name)) else None for name in ("teacher", "init", "weak")}
+    return {**names, "t_in": t_in, **fixed}
 
 
-def show(bar: tqdm, step: Step) -> None:
-    names = ("student_loss", "coach_loss", "rel_gap", "coach_ratio", "x_std")
-    bar.set_postfix({k: f"{step.logs[k]:.4g}" for k in names if k in step.logs}, refresh=False)
-    bar.update(step.progress - bar.n)
+def plain(o: Run) -> dict[str, Any]:
+    """The options for metadata: files by name alone, nothing of the machine."""
+    found: dict[str, Any] = {}
+    for f in fields(o):
+        value = getattr(o, f.name)
+        if is_dataclass(value):
+            found |= asdict(value)
+        elif f.name in ("teacher", "weak", "init", "prompts"):
+            found[f.name] = Path(value).name if value else None
+        elif f.name not in ("out", "device", "resume"):
+            found[f.name] = value
+    return found

@@ -7,26 +7,23 @@ no loader carries constants. Reading needs torch, safetensors and json only: thi
 
     pipeline = from_modules(unet, vae, text_encoder, tokenizer, prediction="x0", schedule=..., t_in=999, latent=...)
     write("student.safetensors", pack(pipeline), dtype=torch.float16)
-    unet, vae, text_encoder, tokenizer = build("student.safetensors")
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..atomic import write_beside
-from ..backbones.patch import PatchAutoencoder
 from ..header import CheckpointError
-from ..packed.layers import install
-from ..packed.weight import QuantError, layers
+from ..packed.weight import layers
 from . import layouts
-from .layouts import TEXT, UNET, VAE, Weights, is_patch
+from .layouts import PREFIXES, UNET, Weights
 from .metadata import Metadata, read_metadata  # noqa: F401  (part of this module's face)
 
 
@@ -34,9 +31,8 @@ from .metadata import Metadata, read_metadata  # noqa: F401  (part of this modul
 class Pipeline:
     """A model as diffusers and transformers name its weights. No modules, only tensors."""
 
-    unet: Weights
-    vae: Weights | None
-    text_encoder: Weights | None
+    parts: dict[str, Weights]
+    """By the names of diffusers' pipelines, as metadata's architecture: unet, vae, text_encoder."""
     meta: Metadata
 
 
@@ -48,40 +44,30 @@ class Checkpoint:
     meta: Metadata
 
 
-class Modules(NamedTuple):
-    """What `build` returns: diffusers' U-Net and VAE, transformers' text encoder and tokenizer."""
-
-    unet: Any
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-
-
 # ------------------------------------------------------------------------------------------------ pipeline <-> file
 
 
 def from_modules(unet, vae=None, text_encoder=None, tokenizer=None, **fields: Any) -> Pipeline:
     """Modules -> Pipeline; `fields` are Metadata's, without architecture and text_encoder, which the modules know."""
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    architecture: dict[str, Any] = {
+        "unet": _plain(unet.config),
+        "vae": vae and _plain(vae.config),
+        "text_encoder": None,
+    }
     tokens = None
+    if text_encoder is not None:  # to_diff_dict leaves out what equals transformers' own defaults; loaders need these
+        config = text_encoder.config
+        architecture["text_encoder"] = _plain(config.to_diff_dict()) | {k: getattr(config, k) for k in TEXT_CONFIG}
     if tokenizer is not None:
         tokens = {
             "tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()),
             "max_length": text_encoder.config.max_position_embeddings,
+            "start": tokenizer.bos_token_id,
+            "end": tokenizer.eos_token_id,
         }
-    architecture = {
-        "unet": _plain(unet.config),
-        "vae": _plain(vae.config) if vae is not None else None,
-        "text_encoder": _plain(text_encoder.config.to_diff_dict()) if text_encoder is not None else None,
-    }
-    if text_encoder is not None:  # to_diff_dict leaves out what equals transformers' own defaults; loaders need these
-        for key in TEXT_CONFIG:
-            architecture["text_encoder"][key] = getattr(text_encoder.config, key)
-    return Pipeline(
-        unet=dict(unet.state_dict()),
-        vae=dict(vae.state_dict()) if vae is not None else None,
-        text_encoder=dict(text_encoder.state_dict()) if text_encoder is not None else None,
-        meta=Metadata(architecture=architecture, text_encoder=tokens, **fields),
-    )
+    weights = {k: dict(m.state_dict()) for k, m in modules.items() if m is not None}
+    return Pipeline(weights, Metadata(architecture=architecture, text_encoder=tokens, **fields))
 
 
 TEXT_CONFIG = (
@@ -106,12 +92,10 @@ def _plain(config: Mapping) -> dict[str, Any]:
 
 def pack(pipeline: Pipeline) -> Checkpoint:
     """Diffusers' names -> the file's."""
-    configs = pipeline.meta.architecture
-    weights = {UNET + k: v for k, v in layouts.unet_to_ldm(pipeline.unet, configs["unet"]).items()}
-    if pipeline.vae is not None:
-        weights |= {VAE + k: v for k, v in layouts.vae_to_ldm(pipeline.vae, configs["vae"]).items()}
-    if pipeline.text_encoder is not None:
-        weights |= {TEXT + k: v for k, v in layouts.text_to_ldm(pipeline.text_encoder).items()}
+    configs, weights = pipeline.meta.architecture, {}
+    for name, part_weights in pipeline.parts.items():
+        prefix, (to_file, _) = PREFIXES[name], layouts.RENAMES[name]
+        weights |= {prefix + k: v for k, v in to_file(part_weights, configs[name]).items()}
     return Checkpoint(weights, pipeline.meta)
 
 
@@ -122,14 +106,11 @@ def part(weights: Weights, prefix: str) -> Weights | None:
 
 def unpack(checkpoint: Checkpoint) -> Pipeline:
     """The file's names -> diffusers'. Raises KeyError naming a weight that has no place in the architecture."""
-    configs, weights = checkpoint.meta.architecture, checkpoint.weights
-    unet, vae, text = part(weights, UNET), part(weights, VAE), part(weights, TEXT)
-    return Pipeline(
-        unet=layouts.unet_to_diffusers(unet or {}, configs["unet"]),
-        vae=layouts.vae_to_diffusers(vae, configs["vae"]) if vae else None,
-        text_encoder=layouts.text_to_diffusers(text) if text else None,
-        meta=checkpoint.meta,
-    )
+    configs, parts = checkpoint.meta.architecture, {}
+    for name, prefix in PREFIXES.items():
+        if (held := part(checkpoint.weights, prefix)) is not None:
+            parts[name] = layouts.RENAMES[name][1](held, configs[name])
+    return Pipeline(parts, checkpoint.meta)
 
 
 def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Path:
@@ -177,72 +158,3 @@ def check_fit(path: str | Path, what: str, expected: Mapping[str, torch.Tensor],
         if tensor.shape != found[name].shape:
             shapes = f"{tuple(found[name].shape)} where {tuple(tensor.shape)} is expected"
             raise CheckpointError(f"{path}: wrong architecture: the {what}'s {name!r} is {shapes}. {cure}")
-
-
-def build(path: str | Path, device: str | torch.device = "cpu") -> Modules:
-    """File -> diffusers' and transformers' modules in fp32, eval mode. What the file lacks is None.
-
-    Quantized layers become `quant.layers`' modules, and stay packed.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from ..backbones.meta import skeleton
-
-    checkpoint = read(path)
-    configs = checkpoint.meta.architecture
-    try:
-        pipeline = unpack(checkpoint)
-    except KeyError as e:
-        raise CheckpointError(f"{path}: wrong architecture: no place for the weight {e}. Write the file again.") from e
-
-    def fill(make: Callable[[], Any], what: str, weights: Weights):
-        packed = layers(weights)
-        if not packed:
-            module = make()
-            check_fit(path, what, module.state_dict(), weights)
-            module.load_state_dict(weights)
-            return module.float().eval().to(device)
-        module = skeleton(make)
-        try:
-            rest = install(module, weights)
-        except QuantError as e:
-            raise CheckpointError(f"{path}: wrong architecture: the {what}'s {e}") from None
-        own = tuple(f"{name}." for name in packed)
-        check_fit(path, what, {k: v for k, v in module.state_dict().items() if not k.startswith(own)}, rest)
-        module.load_state_dict(rest, strict=False, assign=True)
-        return module.float().to(device)
-
-    unet = fill(lambda: UNet2DConditionModel(**configs["unet"]), "U-Net", pipeline.unet)
-    vae = None
-    if pipeline.vae:
-        make = PatchAutoencoder.from_config if is_patch(configs["vae"]) else lambda c: AutoencoderKL(**c)
-        vae = fill(lambda: make(configs["vae"]), "VAE", pipeline.vae)
-    text_encoder = tokenizer = None
-    if pipeline.text_encoder:
-
-        def make_text():
-            return CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-
-        old = any(k.startswith("text_model.") for k in skeleton(make_text).state_dict())  # transformers 4 names them so
-        weights = {("text_model." if old else "") + k: v for k, v in pipeline.text_encoder.items()}
-        text_encoder = fill(make_text, "text encoder", weights)
-        tokenizer = build_tokenizer(checkpoint.meta)
-    return Modules(unet, vae, text_encoder, tokenizer)
-
-
-def build_tokenizer(meta: Metadata):
-    """Metadata -> transformers' tokenizer, padding with the end token to the text encoder's length."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer.from_str(json.dumps(meta.text_encoder["tokenizer"]))
-    config = meta.architecture["text_encoder"]
-    start, end = (inner.id_to_token(config[k]) for k in ("bos_token_id", "eos_token_id"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token=start,
-        eos_token=end,
-        pad_token=end,
-        model_max_length=meta.text_encoder["max_length"],
-    )

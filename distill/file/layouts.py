@@ -139,10 +139,20 @@ def vae_to_diffusers(weights: Weights, config: dict) -> Weights:
     return {k: v[:, :, 0, 0] if ".attentions." in k and v.ndim == 4 else v for k, v in renamed.items()}
 
 
-def text_to_ldm(weights: Weights) -> Weights:
+def text_to_ldm(weights: Weights, config: dict | None = None) -> Weights:
     """transformers 5 dropped CLIPTextModel's leading `text_model.`; single files have it."""
     return {"text_model." + k.removeprefix("text_model."): v for k, v in weights.items()}
 
 
-def text_to_diffusers(weights: Weights) -> Weights:
+def text_to_diffusers(weights: Weights, config: dict | None = None) -> Weights:
     return {k.removeprefix("text_model."): v for k, v in weights.items()}
+
+
+PREFIXES = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
+"""Where a part's weights lie in a file."""
+RENAMES = {
+    "unet": (unet_to_ldm, unet_to_diffusers),
+    "vae": (vae_to_ldm, vae_to_diffusers),
+    "text_encoder": (text_to_ldm, text_to_diffusers),
+}
+"""Part -> (weights, config) to the file's names, and back."""

@@ -31,6 +31,8 @@ class Metadata:
     latent: dict[str, Any]
     """{"channels", "scale", "shift", "factor", "rgb_factors", "rgb_bias"}: the net sees (z - shift) * scale; the VAE
     shrinks images by factor; rgb_* turn what the net sees into a rough preview in [-1, 1]"""
+    family: str = "stable_diffusion"
+    """which of `backbones` opens it"""
     method: str = "teacher"
     """what trained it: teacher, vsd, sds, regression, ..."""
     steps: int = 1

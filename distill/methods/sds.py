@@ -8,12 +8,19 @@ holds the samples apart, so their spread decays to zero: pretty pictures, all th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 from torch import Tensor
 
-from .vsd import VSD
+from ..checks import need
+from ..denoiser import Cond, Denoiser
+from ..sample import Generate
+from ..schedule import Times
+from .base import Net, Parts, Phase
+from .vsd import VSD, check_times
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,43 @@ class SDSOptions:
     """DreamFusion draws t from 2 to 98 %."""
     t_max: float = 0.98
     """See t_min."""
+    lr: float = 2e-4
+    """Learning rate of the student; as VSD's."""
+
+    def __post_init__(self) -> None:
+        check_times(self)
+        need(self.lr > 0, "lr", self.lr, "above 0")
+
+    def build(self, parts: Parts) -> SDS:
+        """The method."""
+        return SDS(self, parts.student, parts.make(parts.net.requires_grad_(False)), parts.null, weak=parts.weak)
 
 
 class SDS(VSD):
-    """As VSD; of its `coach` only the teacher is called."""
+    """As VSD, with a teacher alone."""
 
     options: SDSOptions
-    coach_loss = None
 
-    def coach_says(self, x: Tensor, x_t, t, cond, w) -> tuple[Tensor, Tensor]:
+    def __init__(
+        self,
+        options: SDSOptions,
+        student: Generate,
+        teacher: Denoiser,
+        null: Cond = None,
+        times: Times | None = None,
+        weak: Denoiser | None = None,
+    ):
+        super().__init__(options, student, SimpleNamespace(teacher=teacher), null, times, weak)
+
+    @property
+    def nets(self) -> dict[str, Net]:
+        return {"student": Net(self.student, self.options.lr, average=True)}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", self.student_loss)
+
+    def close(self) -> None:
+        """There is no coach."""
+
+    def coach_says(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, w: float | Tensor) -> tuple[Tensor, Tensor]:
         return x.detach(), x.detach()

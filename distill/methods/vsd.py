@@ -12,17 +12,20 @@ student moves only because the coach learns. Keep the coach at least 4 times as 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from ..coach import Coach
+from ..checks import need
+from ..coach import Coach, CopyCoach, LoraCoach
 from ..denoiser import Cond, Denoiser, autoguided, drop, guided, with_plain
 from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, surrogate
-from ..sample import Student
+from ..sample import Generate
 from ..schedule import Times, expand, rand, randn, uniform
+from .base import Method, Net, Parts, Phase
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,47 @@ class VSDOptions:
     """Share of the coach's samples that get the null prompt (SwiftBrush .1). Needed when the coach is guided."""
     coach_batch: Literal["fresh", "shared"] = "shared"
     """shared: the coach's first step reuses the student's samples of that step (SwiftBrush, DMD2): a forward less."""
+    coach: Literal["lora", "copy"] = "lora"
+    """lora: adapters on the frozen teacher, least memory (SwiftBrush). copy: a second net, better and often faster."""
+    rank: int = 64
+    """Of the LoRA coach (SwiftBrush 64)."""
+    coach_steps: int = 1
+    """Coach steps per student step (SwiftBrush 1, DMD2 5): the smallest at which x_mean and x_std hold still."""
+    coach_warmup: int = 0
+    """Iterations of the coach alone at the start; without them the first student steps have no direction."""
+    lr: float = 2e-4
+    """Learning rate of the student. Tutorial world: 2e-4 after regression, 5e-4 from the teacher; SD eps-nets: 1e-6."""
+    coach_lr: float | None = None
+    """Of the coach. Default: 2e-3 for lora, 1e-3 for copy (tutorial world; SwiftBrush LoRA 1e-3). It has to outrun the
+    student 4 times."""
+
+    def __post_init__(self) -> None:
+        check_times(self)
+        need(0 <= self.null_drop <= 1, "null_drop", self.null_drop, "a share, 0 to 1")
+        for name in ("rank", "coach_steps"):
+            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        need(self.coach_warmup >= 0, "coach_warmup", self.coach_warmup, "0 or more iterations")
+        need(self.lr > 0, "lr", self.lr, "above 0")
+        need(self.coach_lr is None or self.coach_lr > 0, "coach_lr", self.coach_lr, "above 0")
+
+    def build(self, parts: Parts) -> VSD:
+        """The method; its coach is the teacher with adapters, or a copy of it."""
+        if self.coach == "lora":
+            coach = LoraCoach(parts.net, parts.make, rank=self.rank, generator=parts.generator)
+        else:
+            coach = CopyCoach(parts.net, parts.make)
+        return VSD(self, parts.student, coach, parts.null, weak=parts.weak)
 
 
-class VSD:
+def check_times(options: VSDOptions) -> None:
+    """Raise ValueError where t_min, t_max or a guidance cannot be. Also for methods with the same fields."""
+    o = options
+    need(0 <= o.t_min < o.t_max <= 1, "t_min, t_max", (o.t_min, o.t_max), "0 <= t_min < t_max <= 1")
+    need(abs(o.guidance) < float("inf"), "guidance", o.guidance, "a number")
+    need(0 <= o.guidance_until <= 1, "guidance_until", o.guidance_until, "a time, 0 to 1")
+
+
+class VSD(Method):
     """student: g(z, cond) -> x0. null: the null prompt's cond, one row; None where nothing is guided or dropped.
     weak: a worse teacher, such as an early checkpoint of it, for options.autoguidance.
 
@@ -65,16 +106,32 @@ class VSD:
     def __init__(
         self,
         options: VSDOptions,
-        student: Student,
+        student: Generate,
         coach: Coach,
         null: Cond = None,
         times: Times | None = None,
         weak: Denoiser | None = None,
     ):
         self.options, self.student, self.coach, self.null, self.weak = options, student, coach, null, weak
-        self.schedule = coach.teacher.schedule
+        self.teacher = coach.teacher
+        self.schedule = self.teacher.schedule
         self.times = times or uniform(options.t_min, options.t_max)
         self.coach_times = uniform(0.001, 0.999)  # all of it, as the coach has to be a denoiser (range of FastGen)
+
+    @property
+    def nets(self) -> dict[str, Net]:
+        o = self.options
+        coach_lr = {"lora": 2e-3, "copy": 1e-3}[o.coach] if o.coach_lr is None else o.coach_lr
+        return {"student": Net(self.student, o.lr, average=True), "coach": Net(self.coach, coach_lr)}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        if step >= self.options.coach_warmup:
+            yield Phase("student", self.student_loss)
+        for i in range(self.options.coach_steps):
+            yield Phase("coach", self.coach_loss, fresh=i > 0)
+
+    def close(self) -> None:
+        self.coach.close()
 
     def student_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         cond = batch["cond"]
@@ -83,7 +140,7 @@ class VSD:
         with torch.no_grad():
             x_t, t = self.renoise(x, self.times, generator)
             w = self.draw_guidance(x, t, generator)
-            teacher = autoguided(guided(self.coach.teacher, w, self.null), self.options.autoguidance, self.weak)
+            teacher = autoguided(guided(self.teacher, w, self.null), self.options.autoguidance, self.weak)
             x0_T, plain_T = with_plain(teacher, x_t, t, cond)
             x0_C, plain_C = self.coach_says(x, x_t, t, cond, w)
             alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..backbones.meta import skeleton
+from ..backbones.base import skeleton
 from ..header import CheckpointError
 from ..training.prompts import read_prompts
 from .models import Subject

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones.meta import skeleton
-from ..backbones.model import Model
+from ..backbones.stable_diffusion import StableDiffusion, build_tokenizer, empty, fill
 from ..file import checkpoint, layouts
 from ..file.metadata import Metadata
 from ..header import CheckpointError
@@ -128,15 +127,11 @@ class OneStep(Subject):
 
     @classmethod
     def open(cls, source: Source, options, parts: tuple[str, ...]) -> tuple[OneStep | None, str]:
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         meta = Metadata.from_strings(source.metadata, source.path)
         configs = meta.architecture
         if not configs.get("text_encoder"):
             return None, "data-free: the file holds no text encoder to make its prompts' embeddings"
-        unet = skeleton(lambda: UNet2DConditionModel(**configs["unet"]))
-        text = skeleton(lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
+        unet, text = empty("unet", meta), empty("text_encoder", meta)
         names = layouts.unet_to_ldm({n: n for n in unet.state_dict()}, configs["unet"])
         keys = {f"unet.{n}": layouts.UNET + ldm for ldm, n in names.items()}
         names = layouts.text_to_ldm({n: n for n in text.state_dict()})
@@ -145,8 +140,8 @@ class OneStep(Subject):
         if missing is not None:
             raise CheckpointError(f"{source.path}: wrong architecture: {missing!r} is missing. Write the file again.")
         self = cls({"unet": unet, "text": text}, keys, source)
-        vae = _vae(source, configs.get("vae"))
-        self.model = Model(unet, vae, text, checkpoint.build_tokenizer(meta), meta, source.path.name)
+        modules = {"unet": unet, "vae": _vae(source, meta), "text_encoder": text}
+        self.model = StableDiffusion(modules, build_tokenizer(meta), meta, source.path.name)
         student = meta.guidance.get("baked")
         self.generator = Generator().manual_seed(options.seed)
         count = options.samples or (256 if student else 32)
@@ -160,7 +155,7 @@ class OneStep(Subject):
         for i in range(0, len(self.prompts), batch):
             progress(i, len(self.prompts), "calibrating")
             some = self.prompts[i : i + batch]
-            z = randn(self.model.latent_shape(len(some)), self.generator)
+            z = randn(self.model.shape(len(some)), self.generator)
             self.model.latents(z, self.model.encode(some), self.steps, generator=self.generator)
         progress(len(self.prompts), len(self.prompts), "calibrating")
 
@@ -171,7 +166,7 @@ class OneStep(Subject):
         student = self.model.meta.guidance.get("baked")
         if not student:
             self.probe = self.probe[: PROBES // 8]
-        z = randn(self.model.latent_shape(len(self.probe)), generator)
+        z = randn(self.model.shape(len(self.probe)), generator)
         if student:
             t = torch.full((len(z),), float(schedule.time(self.model.meta.t_in)))
             self.points = [(prior_scale(denoiser, t, z) * z, t)]
@@ -185,7 +180,7 @@ class OneStep(Subject):
         return torch.cat([self.model.denoiser(x, t, cond) for x, t in self.points])
 
     def pictures(self, outputs: Tensor) -> Tensor | None:
-        return None if self.model.vae is None else self.model.decode(outputs)
+        return None if "vae" not in self.model.parts else self.model.decode(outputs)
 
 
 def prompts_for(options, count: int) -> tuple[list[str], list[str]]:
@@ -197,14 +192,11 @@ def prompts_for(options, count: int) -> tuple[list[str], list[str]]:
     return tuple(shapes.sample_prompts(n, Generator().manual_seed(s)) for n, s in zip((count, PROBES), seeds))
 
 
-def _vae(source: Source, config: dict | None) -> nn.Module | None:
+def _vae(source: Source, meta: Metadata) -> nn.Module | None:
     """The decoder, whole and in fp32: it is small."""
     weights = checkpoint.part({k: source[k] for k in source if k.startswith(layouts.VAE)}, layouts.VAE)
+    config = meta.architecture.get("vae")
     if not weights or config is None:
         return None
-    from diffusers import AutoencoderKL
-
-    patch = layouts.is_patch(config)
-    vae = checkpoint.PatchAutoencoder.from_config(config) if patch else AutoencoderKL(**config)
-    vae.load_state_dict(layouts.vae_to_diffusers(weights, config))
-    return vae.float().eval().requires_grad_(False)
+    weights = layouts.vae_to_diffusers(weights, config)
+    return fill(source.path, "vae", empty("vae", meta), weights, torch.float32)

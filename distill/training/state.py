@@ -1,34 +1,46 @@
-"""Everything that training changes: nets, optimisers, average, counters. Saved whole, so that a resume is bitwise."""
+"""Everything that training changes: nets, optimisers, averages, counters. Saved whole, so that a resume is bitwise."""
 
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..coach import Coach
+from ..methods.base import Method
 from . import store
+from .options import TrainOptions
 
-if TYPE_CHECKING:
-    from .loop import TrainOptions
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Step:
-    """One finished iteration. `ema` and `student` are the live modules: sample from them, do not change them."""
+    """One finished iteration. Nets and averages are the live modules: sample from them, do not change them."""
 
     step: int
     progress: float  # 0..1
     seconds: float
     logs: dict[str, float]
-    ema: nn.Module
-    student: nn.Module
-    row: dict[str, float] = field(default_factory=dict)  # the mean since the last row, on the steps that log one
+    nets: dict[str, nn.Module] = field(repr=False)
+    averages: dict[str, nn.Module] = field(repr=False)
+    row: dict[str, float] = field(default_factory=dict, repr=False)  # mean since the last row, on steps that log one
+
+    @property
+    def student(self) -> nn.Module:
+        return self.nets["student"]
+
+    @property
+    def ema(self) -> nn.Module:
+        """The averaged student."""
+        return self.averages["student"]
 
     @property
     def remaining(self) -> float:
@@ -37,20 +49,29 @@ class Step:
 
 
 class Run:
-    """The state of a run between two steps."""
+    """The state of a run between two steps.
 
-    def __init__(self, student: nn.Module, coach: Coach | None, options: TrainOptions):
-        self.student, self.coach, self.options = student, coach, options
-        self.ema = copy.deepcopy(student).requires_grad_(False).eval()
-        self.params = {"student": [p for p in student.parameters() if p.requires_grad]}
-        if coach is not None:
-            self.params["coach"] = coach.parameters()
-        if not self.params["student"]:
-            raise ValueError("the student has nothing to train: copy it before the coach freezes it, or unfreeze it")
-        lr = {"student": options.lr, "coach": options.coach_lr}
+    identity: what the run is about (method, teacher, ...), JSON; a saved run of another identity is not gone on with.
+    """
+
+    def __init__(self, method: Method, options: TrainOptions, identity: Mapping[str, Any] | None = None):
+        self.options, self.method_options = options, asdict(getattr(method, "options", None) or options)
+        self.nets = dict(method.nets)
+        self.params = {name: net.parameters() for name, net in self.nets.items()}
+        for name, params in self.params.items():
+            if not params:
+                raise ValueError(f"the {name} has nothing to train: copy it before a coach freezes it, or unfreeze it")
+        self.averages = {name: self._average(net.module) for name, net in self.nets.items() if net.average}
         adamw = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
-        self.optimizers = {name: torch.optim.AdamW(p, lr=lr[name], **adamw) for name, p in self.params.items()}
-        self.step, self.seconds, self.updates, self.logs = 0, 0.0, 0, {}
+        self.optimizers = {n: torch.optim.AdamW(p, lr=self.nets[n].lr, **adamw) for n, p in self.params.items()}
+        self.step, self.seconds, self.logs, self.sums = 0, 0.0, {}, {}
+        self.updates = dict.fromkeys(self.averages, 0)
+        self.identity = {"method": type(method).__name__, **(identity or {})}
+
+    def _average(self, module: nn.Module) -> nn.Module:
+        if self.options.ema is None:
+            return module
+        return copy.deepcopy(module).requires_grad_(False).eval()
 
     def progress(self) -> float:
         o = self.options
@@ -58,58 +79,94 @@ class Run:
         return min(1.0, max(by_steps, self.seconds / (60 * o.minutes) if o.minutes else 0.0))
 
     def set_lr(self) -> None:
+        """Linear rise, then flat, then along a cosine down to lr_end, each net from its own learning rate."""
         o, p = self.options, self.progress()
         fall = max(0.0, p - o.decay_from) / max(1e-9, 1 - o.decay_from)
         scale = o.lr_end + (1 - o.lr_end) * (1 + math.cos(math.pi * fall)) / 2
         scale *= min(1.0, (self.step + 1) / (o.lr_warmup + 1))
-        for name, lr in {"student": o.lr, "coach": o.coach_lr}.items():
-            for group in self.optimizers[name].param_groups if name in self.optimizers else ():
-                group["lr"] = lr * scale
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.nets[name].lr * scale
 
     @torch.no_grad()
-    def average(self) -> None:
-        """EMA with warm-up."""
-        decay = min(self.options.ema, (1 + self.updates) / (10 + self.updates))
-        for mean, p in zip(self.ema.parameters(), self.student.parameters()):
+    def average(self, name: str) -> None:
+        """The moving average of a net takes in its weights as they are now."""
+        if name not in self.averages or self.options.ema is None:
+            return
+        self.updates[name] += 1
+        decay = min(self.options.ema, (1 + self.updates[name]) / (10 + self.updates[name]))
+        module = self.nets[name].module
+        for mean, p in zip(self.averages[name].parameters(), module.parameters()):
             mean.lerp_(p, 1 - decay)
-        for mean, b in zip(self.ema.buffers(), self.student.buffers()):
+        for mean, b in zip(self.averages[name].buffers(), module.buffers()):
             mean.copy_(b)
 
-    def modules(self) -> dict:
-        return {"student": self.student, "ema": self.ema} | ({"coach": self.coach} if self.coach is not None else {})
+    def summed(self, every: int) -> dict[str, float]:
+        """Add the last logs to the window; every so many steps, and at the end, the window's mean, else {}."""
+        for name, value in self.logs.items():
+            self.sums.setdefault(name, []).append(value)
+        if self.step % every and self.progress() < 1:
+            return {}
+        row = {name: sum(values) / len(values) for name, values in self.sums.items()} | {"seconds": self.seconds}
+        self.sums.clear()
+        return row
+
+    # ------------------------------------------------------------------------------------------ saved and loaded
+
+    def _parts(self) -> dict[str, Any]:
+        averages = {f"{n}_average": m for n, m in self.averages.items()} if self.options.ema is not None else {}
+        return {name: net.trained for name, net in self.nets.items()} | averages
 
     def save(self, folder: Path) -> Path:
-        tensors = {f"{n}/{k}": v for n, m in self.modules().items() for k, v in m.state_dict().items()}
+        tensors = {f"{n}/{k}": v for n, part in self._parts().items() for k, v in part.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}_optimizer/{i}/{k}": v for k, v in state.items()}
-        state = {name: getattr(self, name) for name in ("step", "seconds", "updates", "logs")}
-        state["options"] = asdict(self.options)
+        state = {name: getattr(self, name) for name in ("step", "seconds", "updates", "logs", "sums", "identity")}
+        state["options"] = asdict(self.options) | self.method_options
         return store.save(folder, self.step, tensors, state, self.options.keep)
 
     def open(self, folder: Path, resume: bool) -> None:
         """Go on from the newest checkpoint in the folder, or see that there is none to be overwritten."""
         found = store.load(folder) if resume else None
         if found is not None:
+            self.compare(found[1], folder)
             self.load(*found[:2])
         elif not resume and store.checkpoints(folder):
-            raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on with it, or another folder")
+            raise FileExistsError(f"{folder} holds a run already: resume it, or name another folder")
+
+    def compare(self, state: dict, folder: Path) -> None:
+        """Raise ValueError where the saved run is about something else; tell which options are new."""
+        saved = state.get("identity", {})
+        for name in sorted(saved.keys() | self.identity.keys()):
+            before, now = saved.get(name), self.identity.get(name)
+            if before != now:
+                cure = f"resume it with {name} {before!r}, or name another folder"
+                raise ValueError(f"{folder} holds a run with {name} {before!r}, not {now!r}: {cure}")
+        for name, now in json.loads(json.dumps(asdict(self.options) | self.method_options)).items():
+            before = state["options"].get(name, now)
+            if before != now:
+                log.warning("resumed with %s %s; it was %s", name, now, before)
 
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:
         parts: dict[str, dict] = {}
         for key, v in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = v
-        for name, module in self.modules().items():
-            module.load_state_dict(parts[name])
+        for name, part in self._parts().items():
+            try:
+                part.load_state_dict(parts[name])
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"the saved {name} does not fit this run's: {error}") from None
         for name, optimizer in self.optimizers.items():
             moments: dict[int, dict] = {}
             for key, v in parts.get(f"{name}_optimizer", {}).items():
                 i, _, k = key.partition("/")
                 moments.setdefault(int(i), {})[k] = v
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        for name in ("step", "seconds", "updates", "logs"):
+        for name in ("step", "seconds", "updates", "logs", "sums"):
             setattr(self, name, state[name])
 
     def report(self, row: dict[str, float] | None = None) -> Step:
-        return Step(self.step, self.progress(), self.seconds, self.logs, self.ema, self.student, row or {})
+        nets = {name: net.module for name, net in self.nets.items()}
+        return Step(self.step, self.progress(), self.seconds, self.logs, nets, self.averages, row or {})

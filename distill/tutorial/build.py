@@ -7,7 +7,6 @@ files were given on two cores of a shared virtual machine.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..backbones.model import Model, load, save_student
+from ..backbones import load
+from ..backbones.base import Backbone, weaker
 from ..backbones.patch import PatchAutoencoder
 from ..file import checkpoint
 from . import autoencoder, demo, text
@@ -149,15 +149,17 @@ def saved_unet(o: Build, name: str) -> UNet2DConditionModel:
 def make_student(o: Build, minutes: float) -> None:
     """The bundled student is the demo's, given more time."""
     teacher, weak = o.assets / "teacher.safetensors", o.assets / "weak.safetensors"
-    demo.run(demo.Demo(minutes=minutes, out=o.work / "student", seed=o.seed, teacher=teacher, weak=weak))
-    shutil.copyfile(o.work / "student" / "student.safetensors", o.assets / "student.safetensors")
+    made = load(teacher)
+    *_, last = demo.stages(made, o.work / "student", minutes=minutes, seed=o.seed, weak=weaker(made, load(weak)))
+    about = {"method": "vsd", "config": demo.LAW | {"minutes": minutes, "seed": o.seed}}
+    made.save_student(o.assets / "student.safetensors", last.ema, **about)
 
 
 @torch.no_grad()
-def preview(autoencoder: PatchAutoencoder) -> tuple[list, list]:
+def preview(patch: PatchAutoencoder) -> tuple[list, list]:
     """The linear map from a latent to the mean colour of its patch, by least squares: factors (C, 3) and bias (3,)."""
     images = autoencoder.pictures(256, torch.Generator().manual_seed(5))
-    z = autoencoder.encode(images).permute(0, 2, 3, 1).reshape(-1, 8)
+    z = patch.encode(images).permute(0, 2, 3, 1).reshape(-1, 8)
     colour = nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1).reshape(-1, 3)
     solution = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), colour).solution
     return [[round(v, 5) for v in row] for row in solution[:-1].tolist()], [round(v, 5) for v in solution[-1].tolist()]
@@ -177,9 +179,9 @@ def measure(o: Build, minutes: float) -> None:
         store(path, model, metrics)
 
 
-def store(path: Path, model: Model, metrics: dict) -> None:
-    save_student(
-        path, model, model.unet, metrics=metrics, method=model.meta.method, steps=model.meta.steps,
+def store(path: Path, model: Backbone, metrics: dict) -> None:
+    model.save_student(
+        path, model.net, metrics=metrics, method=model.meta.method, steps=model.meta.steps,
         guidance=model.meta.guidance, teacher=model.meta.teacher,
     )  # fmt: skip
 

@@ -18,3 +18,8 @@ def bundled(name: str) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{path}: this copy of OneStep lacks it. Get it from the repository, or train your own.")
     return path
+
+
+def find(model: str | Path) -> Path:
+    """The path of a bundled model by its name, or the path as it is."""
+    return bundled(str(model)) if str(model) in ("student", "teacher", "weak") else Path(model)

@@ -1,20 +1,25 @@
-"""Batches of the tutorial world for `train`."""
+"""Prompts of the tutorial world, and batches of them."""
 
 from __future__ import annotations
 
 from torch import Generator
 
-from ..backbones.model import Model
-from ..training.prompts import Batches
+from ..backbones.base import Backbone
+from ..methods.base import Batches
 from . import shapes
 
 
-def shape_batches(model: Model, batch_size: int) -> Batches:
-    """Fresh prompts of the tutorial world, held-out combinations left out: {"cond", "shape", "device"}."""
-    where = {"shape": model.latent_shape(batch_size), "device": model.device}
+def speaks(model: Backbone) -> bool:
+    """Whether a model knows the words of the tutorial world and no others: it is of this world."""
+    words = set(getattr(model.tokenizer, "get_vocab", dict)())
+    return {w for w in words if not w.startswith("<|")} == set(shapes.vocabulary())
+
+
+def shape_batches(model: Backbone, batch_size: int) -> Batches:
+    """Fresh prompts of the tutorial world, held-out combinations left out: {"cond", "shape"}."""
+    shape = model.shape(batch_size)
 
     def batches(step: int, generator: Generator) -> dict:
-        prompts = shapes.sample_prompts(batch_size, generator)
-        return {"cond": model.encode(prompts), **where}
+        return {"cond": model.encode(shapes.sample_prompts(batch_size, generator)), "shape": shape}
 
     return batches

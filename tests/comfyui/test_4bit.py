@@ -13,7 +13,6 @@ from server import node
 from test_nodes import close, kohya_lora, latent_of, library
 
 from distill import sample
-from distill.file import checkpoint
 from distill.header import read_header
 from distill.packed import weight
 from distill.quantize import rounding
@@ -41,7 +40,7 @@ def quantized(client, folder):
 @pytest.fixture(scope="module")
 def modules(quantized):
     """The library's modules on the quantized file, computing in full precision."""
-    mods = checkpoint.build(quantized[0])
+    mods = tiny.build(quantized[0])
     for part in (mods.unet, mods.text_encoder):
         for module in part.modules():
             if hasattr(module, "activations"):
@@ -185,7 +184,7 @@ def test_stock_lora_loader_is_exact(client, server, quantized):
         dense[f"{layer}.weight"] = weight.QuantizedWeight.from_tensors(tensors, layer).dequantize().contiguous()
     merged = path.with_name("dequantized.safetensors")
     save_file(dense, merged, read_header(path)["__metadata__"])
-    mods, layers = kohya_lora(checkpoint.build(merged), server.base / "models/loras/four.safetensors")
+    mods, layers = kohya_lora(tiny.build(merged), server.base / "models/loras/four.safetensors")
     assert layers > 60
     d, cond, _, noise, t_in = library(path, mods)
     expected = sample.one_step(d, t_in)(noise, cond)

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from server import PACK, environment, node
 
 from distill import denoiser, sample, schedule
-from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 
 
@@ -26,7 +25,7 @@ def latent_of(client, graph: dict) -> torch.Tensor:
 
 def library(path, mods=None):
     """The same file through diffusers -> (Denoiser, cond of PROMPT, cond of the null prompt, noise, t_in)."""
-    meta, mods = read_metadata(path), mods or checkpoint.build(path)
+    meta, mods = read_metadata(path), mods or tiny.build(path)
     levels = schedule.from_spec(meta.schedule)
     d = denoiser.from_net(denoiser.diffusers_net(mods.unet), levels, meta.prediction)
     conds = [{k: v.expand(2, *v.shape[1:]) for k, v in tiny.encode(mods, [p]).items()} for p in (PROMPT, "")]
@@ -122,7 +121,7 @@ def test_vae_decodes_and_encodes_as_the_library_s(client, folder, file):
         "again": node("SaveLatent", samples=["encode", 0], filename_prefix="latents/encoded"),
     }
     run = client.run(graph)
-    mods = checkpoint.build(folder / file)
+    mods = tiny.build(folder / file)
     latent, encoded = (client.latent(run.outputs[k]["latents"][0]) for k in ("save", "again"))
     images = tiny.decode(mods, latent)
     for reference, image in zip(run.outputs["image"]["images"], images, strict=True):
@@ -158,9 +157,7 @@ def kohya_lora(mods, path):
 
 @torch.no_grad()
 def test_stock_lora_loader_patches_every_layer(client, server, folder):
-    merged, layers = kohya_lora(
-        checkpoint.build(folder / "student.safetensors"), server.base / "models/loras/l.safetensors"
-    )
+    merged, layers = kohya_lora(tiny.build(folder / "student.safetensors"), server.base / "models/loras/l.safetensors")
     assert layers > 60
     graph = one_step("student.safetensors", model=("lora", 0))
     graph["lora"] = node(

@@ -46,7 +46,7 @@ def kl():
 def test_round_trip_is_exact(kind, tmp_path, request):
     mods = request.getfixturevalue(kind)
     path = checkpoint.write(tmp_path / "x.safetensors", checkpoint.pack(tiny.pipeline(mods)))
-    built = checkpoint.build(path)
+    built = tiny.build(path)
     for before, after in zip(mods[:3], built[:3], strict=True):
         same(before.state_dict(), after.state_dict())
     assert (
@@ -60,7 +60,7 @@ def test_round_trip_is_exact(kind, tmp_path, request):
 def test_half_precision_halves_the_file(mods, path, tmp_path):
     half = checkpoint.write(tmp_path / "half.safetensors", checkpoint.pack(tiny.pipeline(mods)), torch.float16)
     assert half.stat().st_size < 0.6 * path.stat().st_size
-    built = checkpoint.build(half)
+    built = tiny.build(half)
     assert {w.dtype for m in built[:3] for w in m.parameters()} == {torch.float32}
     for before, after in zip(mods.unet.parameters(), built.unet.parameters(), strict=True):
         torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-6)
@@ -224,7 +224,7 @@ def test_wrong_architecture(path, tmp_path, change):
     architecture["unet"] |= change
     file = rewrite(path, tmp_path, architecture=json.dumps(architecture))
     with pytest.raises(CheckpointError, match="wrong architecture") as e:
-        checkpoint.build(file)
+        tiny.build(file)
     assert str(file) in str(e.value).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""VSD and SDS against closed forms (reference/distillation.md, section 1.4). Everything goes through the real methods.
+"""VSD and SDS against closed forms (docs/theory.md). Everything goes through the real methods.
 
 Teacher N(m, s^2), student x = mu + tau z, k(v) = alpha^2 v^2 / (alpha^2 v^2 + sigma^2).
 """
@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from distill import schedule as S
+from distill import toy
 from distill.coach import CopyCoach
 from distill.methods.sds import SDS, SDSOptions
 from distill.methods.vsd import VSD, VSDOptions
 from distill.schedule import expand
-from distill.toy import MLP, Gaussian, Mixture, posterior_mean, ring
-from distill.training.loop import TrainOptions, train
+from distill.toy import Gaussian, Mixture, posterior_mean, ring
+from distill.training.loop import train
+from distill.training.options import TrainOptions
 
 SD = S.ddpm()
 
@@ -171,8 +173,8 @@ def test_vsd_finds_them_with_a_coach_that_has_to_learn():
 def test_sds_collapses():
     """The same teacher without a coach: the mean arrives, the spread goes to zero."""
     student = Line(-1.0, 1.5)
-    method = SDS(SDSOptions(guidance=1.0), student, Exact(Gaussian(2.0, 0.5, SD), None))
-    assert method.coach_loss is None
+    method = SDS(SDSOptions(guidance=1.0), student, Gaussian(2.0, 0.5, SD))
+    assert [phase.net for phase in method.phases(0)] == ["student"] == list(method.nets)
     descend(method, student.parameters(), 600, 0.03, {"cond": None, "shape": (512, 1)})
     assert student.mu.item() == pytest.approx(2.0, rel=0.01)
     assert abs(student.tau.item()) < 0.05
@@ -264,51 +266,13 @@ def test_overshoot_against_the_coachs_rate(ratio):
 # ---------------------------------------------------------------------------------------------------- two dimensions
 
 
-class Around(nn.Module):
-    """base + a net that starts at zero, as a Denoiser: a coach that starts as the exact teacher."""
-
-    def __init__(self, base, net):
-        super().__init__()
-        self.base, self.net, self.schedule = base, net, base.schedule
-        nn.init.zeros_(net.layers[-1].weight), nn.init.zeros_(net.layers[-1].bias)
-
-    def forward(self, x_t, t, cond=None):
-        return self.base(x_t, t) + self.net(x_t, self.schedule.index(t))
-
-
-class AroundCoach:
-    """The exact mixture as teacher, and a coach around it."""
-
-    def __init__(self, teacher, net):
-        self.module = Around(teacher, net)
-        self.teacher, self.denoiser = teacher, self.module
-
-    def parameters(self):
-        return list(self.module.parameters())
-
-    def state_dict(self):
-        return self.module.state_dict()
-
-
-class OneCall(nn.Module):
-    """x = z + net(z)"""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, z, cond=None):
-        return z + self.net(z, torch.full((len(z),), 1000.0))
-
-
 def test_every_mode_of_a_mixture_is_covered():
     """Eight modes, the exact teacher, a coach that has to learn, the real loop: no mode lost, none favoured."""
     teacher = Mixture(ring(8, 2.0), 0.3, S.flow())
-    student = OneCall(MLP(2, 64, generator=generator(2)))
-    coach = AroundCoach(teacher, MLP(2, 64, generator=generator(1)))
-    method = VSD(VSDOptions(guidance=1.0, coach_batch="shared"), student, coach)
-    options = TrainOptions(steps=800, lr=5e-3, coach_lr=1e-2, coach_steps=2)
-    *_, last = train(method, student, coach, lambda step, g: {"cond": None, "shape": (256, 2)}, options)
+    student, coach = toy.Student(generator=generator(2)), toy.Coach(teacher, generator=generator(1))
+    method = VSD(VSDOptions(guidance=1.0, lr=5e-3, coach_lr=1e-2, coach_steps=2), student, coach)
+    options = TrainOptions(steps=800)
+    *_, last = train(method, lambda step, g: {"cond": None, "shape": (256, 2)}, options)
     with torch.no_grad():
         x = last.ema(S.randn((4000, 2), generator(5)))
     distance, mode = torch.cdist(x, teacher.means).min(1)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from distill.backbones import load
 from distill.file import checkpoint
 from distill.header import CheckpointError
 from distill.packed.formats import read
@@ -246,7 +247,7 @@ def test_a_onestep_file_as_gguf_is_one_still(tmp_path):
     assert done.layers and not done.left_out
     found = checkpoint.read(out)
     assert found.meta == original.meta
-    one, other = checkpoint.build(path), checkpoint.build(out)
+    one, other = load(path), load(out)
     g, config = torch.Generator().manual_seed(4), one.unet.config
     x, c = (
         torch.randn(1, config.in_channels, 8, 8, generator=g),

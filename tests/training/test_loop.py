@@ -13,11 +13,12 @@ import torch
 from small_runs import SCHEDULE, TINY, Net, batches, build, contents, make, run
 
 from distill.denoiser import guided
-from distill.methods.regression import RegressionOptions, build_pairs
+from distill.methods.pairs import build_pairs
 from distill.sample import one_step, solve
 from distill.toy import Mixture, ring
 from distill.training import store
-from distill.training.loop import Diverged, TrainOptions, seeded, train
+from distill.training.loop import Diverged, seeded, train
+from distill.training.options import TrainOptions
 from distill.training.state import Run
 
 # --------------------------------------------------------------------------------------------------- divergence
@@ -25,7 +26,7 @@ from distill.training.state import Run
 
 @pytest.mark.parametrize("readout, word", [("student_loss", "lower lr"), ("coach_loss", "coach_lr")])
 def test_nan_stops_with_the_readout_and_a_cure(tmp_path, readout, word):
-    method, student, coach = build("copy")
+    method = build("copy")
     name, steps = readout, []
     loss = getattr(method, name)
 
@@ -35,7 +36,7 @@ def test_nan_stops_with_the_readout_and_a_cure(tmp_path, readout, word):
 
     setattr(method, name, poisoned)
     with pytest.raises(Diverged, match=f"step 6: {readout} is nan. Likely cure: .*{word}") as caught:
-        for step in train(method, student, coach, batches, TINY, tmp_path):
+        for step in train(method, batches, TINY, tmp_path):
             steps.append(step)
     assert caught.value.readout == readout and word in caught.value.cure
     assert contents(tmp_path)[2] == "step-00000004.safetensors"  # the last good one, and nothing after it
@@ -55,9 +56,10 @@ def moved(before, module):
 
 
 def test_the_coach_warms_up_alone():
-    method, student, coach = build("copy")
+    method = build("copy", coach_warmup=3)
+    student, coach = method.student.module, method.coach
     start = copy.deepcopy(student), copy.deepcopy(coach.module["coach"])
-    for step in train(method, student, coach, batches, replace(TINY, coach_warmup=3)):
+    for step in train(method, batches, TINY):
         assert moved(start[0], student) == (step.step > 3) and moved(start[1], coach.module["coach"])
         assert ("student_loss" in step.logs) == (step.step > 3)
     assert not moved(coach.module["teacher"], Net())
@@ -65,11 +67,11 @@ def test_the_coach_warms_up_alone():
 
 def test_coach_steps_and_accumulation_are_counted():
     calls = []
-    method, student, coach = build("copy")
+    method = build("copy", coach_steps=3)
     for name in ("student_loss", "coach_loss"):
         loss = getattr(method, name)
         setattr(method, name, lambda b, g, loss=loss, name=name: (calls.append(name), loss(b, g))[1])
-    next(train(method, student, coach, batches, replace(TINY, coach_steps=3, accumulate=2)))
+    next(train(method, batches, replace(TINY, accumulate=2)))
     assert calls == ["student_loss"] * 2 + ["coach_loss"] * 6
 
 
@@ -91,8 +93,7 @@ def test_accumulation_is_a_larger_batch():
 
 
 def test_learning_rates_rise_stay_and_fall():
-    _, student, coach = build("copy")
-    state, rates = Run(student, coach, replace(TINY, steps=100, lr_warmup=9, lr_end=0.1)), []
+    state, rates = Run(build("copy"), replace(TINY, steps=100, lr_warmup=9, lr_end=0.1)), []
     for state.step in range(101):
         state.set_lr()
         rates.append([o.param_groups[0]["lr"] for o in state.optimizers.values()])
@@ -103,13 +104,15 @@ def test_learning_rates_rise_stay_and_fall():
 
 
 def test_ema_is_the_warmed_up_average():
-    seen = 0
-    method, student, coach = build("copy")
-    expected = [p.detach().clone() for p in student.parameters()]
-    for step in train(method, student, coach, batches, replace(TINY, ema=0.5)):
+    """Of the weights that were seen to be good: those each step began with."""
+    seen, method = 0, build("copy")
+    student = method.student.module
+    expected = before = [p.detach().clone() for p in student.parameters()]
+    for step in train(method, batches, replace(TINY, ema=0.5)):
         seen += 1
         decay = min(0.5, (1 + seen) / (10 + seen))
-        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, student.parameters())]
+        expected = [decay * e + (1 - decay) * p for e, p in zip(expected, before)]
+        before = [p.detach().clone() for p in student.parameters()]
         for e, p in zip(expected, step.ema.parameters()):
             torch.testing.assert_close(e, p)
     assert not step.ema.training and not any(p.requires_grad for p in step.ema.parameters())
@@ -117,7 +120,7 @@ def test_ema_is_the_warmed_up_average():
 
 def test_a_time_budget_ends_the_run_and_drives_the_rate():
     start = time.monotonic()
-    steps = list(train(*build("copy"), batches, replace(TINY, steps=None, minutes=1 / 60)))
+    steps = list(train(build("copy"), batches, replace(TINY, steps=None, minutes=1 / 60)))
     assert 0.9 < time.monotonic() - start < 6 and len(steps) > 20
     progress = [s.progress for s in steps]
     assert progress == sorted(progress) and progress[-1] == 1 and steps[-1].remaining == 0
@@ -129,9 +132,10 @@ def test_bf16_is_inside_the_nets_only():
     """Weights, moments and losses stay fp32; the run is near the fp32 run, and not the same."""
     dtypes, results = set(), {}
     for precision in ("no", "bf16"):
-        method, student, coach = build("lora")
+        method = build("lora")
+        student = method.student.module
         student.mlp.layers[0].register_forward_hook(lambda m, i, out: dtypes.add(out.dtype))
-        *_, last = train(method, student, coach, batches, replace(TINY, precision=precision, steps=3))
+        *_, last = train(method, batches, replace(TINY, precision=precision, steps=3))
         results[precision] = torch.cat([p.detach().flatten() for p in student.parameters()])
         assert results[precision].dtype == torch.float32 and last.logs["x_std"] > 0
     assert dtypes == {torch.float32, torch.bfloat16}
@@ -143,13 +147,13 @@ def test_bf16_is_inside_the_nets_only():
 def test_two_processes_average_their_gradients(tmp_path):
     """The same weights in both, from different data; one set of files."""
     code = f"""
-import sys
+import os, sys
 sys.path[:0] = {[str(p) for p in Path(__file__).parents[1:3]]!r}
 from dataclasses import replace
 from distill.training.loop import train
 from small_runs import TINY, batches, build
-*_, last = train(*(parts := build("copy")), batches, replace(TINY, device="cpu"), {str(tmp_path / "run")!r})
-print("weights", sum(p.double().sum().item() for p in parts[1].parameters()), last.logs["student_loss"], flush=True)
+*_, last = train(build("copy", seed=int(os.environ["RANK"])), batches, TINY, {str(tmp_path / "run")!r}, device="cpu")
+print("weights", sum(p.double().sum().item() for p in last.student.parameters()), last.logs["student_loss"], flush=True)
 """
     (tmp_path / "two.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
@@ -160,9 +164,10 @@ print("weights", sum(p.double().sum().item() for p in parts[1].parameters()), la
 
 
 def test_a_student_with_nothing_to_train_is_refused():
-    method, student, coach = build("copy")
+    method = build("copy")
+    method.student.module.requires_grad_(False)
     with pytest.raises(ValueError, match="copy it before"):
-        next(train(method, student.requires_grad_(False), coach, batches, TINY))
+        next(train(method, batches, TINY))
 
 
 # ------------------------------------------------------------------------------------------------------- readouts
@@ -174,7 +179,7 @@ def read(out):
 
 
 def test_csv_and_tensorboard_hold_the_coachs_health(tmp_path):
-    steps = list(train(*build("lora"), batches, replace(TINY, coach_warmup=4), tmp_path))
+    steps = list(train(build("lora", coach_warmup=4), batches, TINY, tmp_path))
     rows = read(tmp_path)
     assert [int(r["step"]) for r in rows] == [3, 6, 9, 12]
     wanted = {"coach_loss", "coach_ratio", "rel_gap", "cosine", "student_grad_norm", "coach_grad_norm", "x_drift"}
@@ -203,8 +208,7 @@ def test_rows_that_a_resumed_run_writes_again_are_not_doubled(tmp_path):
 
 
 def test_the_coach_ratio_falls_below_one_when_the_coach_has_learnt_something():
-    options = replace(TINY, steps=150, lr=1e-6, coach_lr=5e-3)
-    steps = list(train(*build("copy"), batches, options))
+    steps = list(train(build("copy", lr=1e-6, coach_lr=5e-3), batches, replace(TINY, steps=150)))
     first, last = (sum(s.logs["coach_ratio"] for s in part) / 10 for part in (steps[:10], steps[-10:]))
     assert last < 0.9 and last < first
 
@@ -213,18 +217,16 @@ def test_the_coach_ratio_falls_below_one_when_the_coach_has_learnt_something():
 
 
 def test_pairs_are_where_the_teachers_solver_goes():
-    teacher = Mixture(ring(4), 0.1, SCHEDULE)
-    options = RegressionOptions(guidance=1.5, solver_steps=6)
-    null = {"mode": torch.tensor([-1])}
+    teacher = guided(Mixture(ring(4), 0.1, SCHEDULE), 1.5, {"mode": torch.tensor([-1])})
 
     def prompts(step, generator):
         return {"cond": {"mode": torch.randint(4, (16,), generator=generator)}, "shape": (16, 2)}
 
     told = []
-    generator, tell = torch.Generator().manual_seed(0), lambda n, seconds: told.append(n)
-    pairs = build_pairs(teacher, prompts, options, generator, null=null, count=40, progress=tell)
-    assert len(pairs) == 48 and told == [16, 32, 48] and pairs.batch_size == 16
-    again = solve(guided(teacher, 1.5, null), pairs.z[:5], {"mode": pairs.cond["mode"][:5]}, steps=6)
+    generator, tell = torch.Generator().manual_seed(0), lambda what, share: told.append(share)
+    pairs = build_pairs(teacher, prompts, generator, steps=6, count=40, told=tell)
+    assert len(pairs) == 48 and told == [0.4, 0.8, 1] and pairs.batch_size == 16
+    again = solve(teacher, pairs.z[:5], {"mode": pairs.cond["mode"][:5]}, steps=6)
     torch.testing.assert_close(pairs.x0[:5], again)
     batch = pairs(0, torch.Generator().manual_seed(1))
     row = (pairs.z == batch["z"][3]).all(1).nonzero().item()
@@ -234,9 +236,9 @@ def test_pairs_are_where_the_teachers_solver_goes():
 def test_pairs_within_a_time_and_without_any_budget():
     teacher = Mixture(ring(4), 0.1, SCHEDULE)
     source, g = lambda step, generator: {"cond": None, "shape": (4, 2)}, torch.Generator()
-    assert len(build_pairs(teacher, source, RegressionOptions(guidance=1.0), g, seconds=0)) == 4
+    assert len(build_pairs(teacher, source, g, seconds=0)) == 4
     with pytest.raises(ValueError, match="count or seconds"):
-        build_pairs(teacher, source, RegressionOptions(guidance=1.0), g)
+        build_pairs(teacher, source, g)
 
 
 def test_regression_learns_the_solvers_map():
@@ -246,10 +248,8 @@ def test_regression_learns_the_solvers_map():
     call = lambda x, t, cond: teacher(x, t)  # noqa: E731
     call.schedule = SCHEDULE
     generator = torch.Generator().manual_seed(0)
-    pairs = build_pairs(call, source, RegressionOptions(guidance=1.0, solver_steps=20), generator, count=2000)
-    method, student, _ = build("regression")
-    options = TrainOptions(steps=400, lr=1e-2, ema=0.9)
-    *_, last = train(method, student, None, pairs, options)
+    pairs = build_pairs(call, source, generator, steps=20, count=2000)
+    *_, last = train(build("regression", lr=1e-2), pairs, TrainOptions(steps=400, ema=0.9))
     with torch.no_grad():
         x = one_step(make(last.ema))(pairs.z, pairs.cond)
     assert (x - pairs.x0).square().mean() < 0.3 * (one_step(teacher)(pairs.z) - pairs.x0).square().mean()

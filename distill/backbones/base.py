@@ -1,0 +1,221 @@
+"""A model as the rest of the library sees it: prompts in, denoisers and pictures out.
+
+model = load("student.safetensors")
+images = model.sample(["a red ring on a blue background"], torch.Generator().manual_seed(0))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..checks import need
+from ..denoiser import Cond, Denoiser, from_net, guided, map_cond
+from ..file import checkpoint
+from ..file.metadata import Metadata
+from ..header import CheckpointError
+from ..sample import few_step, one_step, solve, trailing
+from ..schedule import from_spec, randn
+
+
+class Backbone:
+    """The parts of a model as modules, and how its metadata says to call them. Everything is frozen and in eval mode.
+
+    A family answers: from_file, from_folder, encode, call, feature_layers, lora_targets. The rest is the same for all.
+    """
+
+    main: str
+    """The part that is distilled: "unet", "transformer"."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module | None],
+        tokenizer: Any,
+        meta: Metadata,
+        name: str,
+        device: str | torch.device = "cpu",
+    ):
+        """parts: by the names of diffusers' pipelines; those that are None are left out."""
+        self.parts = {k: m.eval().requires_grad_(False) for k, m in parts.items() if m is not None}
+        self.tokenizer, self.meta, self.name, self.device = tokenizer, meta, name, torch.device(device)
+
+    # ------------------------------------------------------------------------------- what a family answers
+
+    @classmethod
+    def from_file(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> Backbone:
+        """Open a OneStep file. Raises CheckpointError."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_folder(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> Backbone:
+        """Open a diffusers folder; everything that metadata says is read from its configurations."""
+        raise NotImplementedError
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """B prompts -> what the net is conditioned on, batch first. "" is the null prompt."""
+        raise NotImplementedError
+
+    def call(self, net: nn.Module, x: Tensor, index: Tensor, cond: Cond) -> Tensor:
+        """A net of this family at x (B, C, h, w), index (B,), as the net counts time -> its raw prediction."""
+        raise NotImplementedError
+
+    def feature_layers(self, net: nn.Module) -> list[nn.Module]:
+        """The layers whose outputs serve as features, such as a discriminator's inputs."""
+        raise NotImplementedError
+
+    def lora_targets(self) -> list[str]:
+        """Names of the net's layers that a LoRA adapts."""
+        return [n for n, m in self.net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+    # --------------------------------------------------------------------------------------- the same for all
+
+    @property
+    def net(self) -> nn.Module:
+        """The part that is distilled."""
+        return self.parts[self.main]
+
+    def wrap(self, net: nn.Module) -> Denoiser:
+        """A net of this family, such as a student or a coach, as a Denoiser."""
+        return from_net(
+            lambda x, i, cond: self.call(net, x, i, cond), from_spec(self.meta.schedule), self.meta.prediction
+        )
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The model's own net as a Denoiser."""
+        return self.wrap(self.net)
+
+    def time(self, t_in: float | None = None) -> float:
+        """A timestep as the net counts them -> t in [0, 1]; default: where the model is first called. Raises ValueError
+        for one that the schedule does not have."""
+        index = self.meta.t_in if t_in is None else t_in
+        t = float(from_spec(self.meta.schedule).time(index))
+        need(0 < t <= 1, "t_in", index, f"above 0 and at most {self.last_index():g}, as the net counts timesteps")
+        return t
+
+    def last_index(self) -> float:
+        return float(from_spec(self.meta.schedule).index(torch.ones(())))
+
+    def shape(self, n: int, size: int | None = None) -> tuple[int, int, int, int]:
+        """(n, C, h, w) of latents for square pictures of `size` pixels, by default the size the net was trained at."""
+        sample = self.net.config.sample_size
+        h, w = (sample, sample) if isinstance(sample, int) else sample
+        if size is not None:
+            h = w = size // self.meta.latent["factor"]
+        return n, self.meta.latent["channels"], h, w
+
+    def features(self, net: nn.Module, x: Tensor, index: Tensor, cond: Cond) -> list[Tensor]:
+        """The outputs (B, C, h, w) of feature_layers in one call; gradients pass."""
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            found.append(out[0] if isinstance(out, tuple) else out)
+
+        handles = [layer.register_forward_hook(keep) for layer in self.feature_layers(net)]
+        try:
+            self.call(net, x, index, cond)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def to_latents(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> what the net sees, (B, C, h, w); the mean of the VAE's posterior."""
+        z = self.parts["vae"].encode(pictures)
+        if not isinstance(z, Tensor):
+            z = z.latent_dist.mean
+        return (z - self.meta.latent["shift"]) * self.meta.latent["scale"]
+
+    def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
+        """What the net puts out (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1]; gradients pass."""
+        latents = latents / self.meta.latent["scale"] + self.meta.latent["shift"]
+        parts = [self.parts["vae"].decode(z) for z in latents.split(batch)]
+        return torch.cat([getattr(p, "sample", p) for p in parts]).clamp(-1, 1)
+
+    @torch.no_grad()
+    def latents(
+        self, z: Tensor, cond: Cond, steps: int | None = None, guidance: float | None = None, solver: str = "dpm++",
+        generator: Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """z ~ N(0, 1) -> x0, as the file says: a student in its own steps, a teacher through `solver` with guidance.
+
+        Raises ValueError for steps below 1, or a guidance for a student, which has its own in its weights.
+        """
+        steps = self.meta.steps if steps is None else steps
+        need(steps >= 1, "steps", steps, "1 or more")
+        if self.meta.guidance.get("baked"):
+            need(guidance is None, "guidance", guidance, f"{self.name} is a student, its guidance is in its weights")
+            if steps == 1:
+                return one_step(self.denoiser, self.time())(z, cond)
+            return few_step(self.denoiser, [self.time() * t for t in trailing(steps)])(z, cond, generator)
+        w = self.meta.guidance["scale"] if guidance is None else guidance
+        return solve(guided(self.denoiser, w, self.encode([""])), z, cond, solver=solver, steps=steps)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: list[str], generator: Generator, batch: int = 128, size: int | None = None, **how: Any
+    ) -> Tensor:
+        """Prompts -> pictures (B, 3, H, W) in [-1, 1]; noise comes from `generator`. how: as for `latents`."""
+        images = []
+        for i in range(0, len(prompts), batch):
+            some = prompts[i : i + batch]
+            z = randn(self.shape(len(some), size), generator, self.device)
+            images.append(self.decode(self.latents(z, self.encode(some), generator=generator, **how)))
+        return torch.cat(images)
+
+    def save(self, path: str | Path, net: nn.Module, dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
+        """Write a OneStep file of `net` with this model's other parts and way of being called.
+
+        changes: fields of Metadata. Raises CheckpointError where one cannot be.
+        """
+        weights = {name: dict(module.state_dict()) for name, module in self.parts.items()}
+        weights[self.main] = dict(net.state_dict())
+        return checkpoint.write(
+            path, checkpoint.pack(checkpoint.Pipeline(weights, replace(self.meta, **changes))), dtype
+        )
+
+    def save_student(self, path: str | Path, net: nn.Module, **changes: Any) -> Path:
+        """`save`, as a one-step student of this model: guidance is in its weights unless `changes` say otherwise."""
+        student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
+        student["guidance"] = {**self.meta.guidance, "baked": True}
+        return self.save(path, net, **student | changes)
+
+
+def encode_all(model: Backbone, prompts: list[str], batch: int = 64) -> Cond:
+    """Any number of prompts, encoded in batches."""
+    parts = [model.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+    return map_cond(lambda *rows: torch.cat(rows), *parts)
+
+
+def weaker(teacher: Backbone, weak: Backbone) -> Denoiser:
+    """A worse teacher's net as a Denoiser, for autoguidance. Raises CheckpointError where it is called otherwise."""
+    for name in ("prediction", "schedule"):
+        ours, theirs = getattr(teacher.meta, name), getattr(weak.meta, name)
+        if ours != theirs:
+            problem = f"{name} is {theirs}, {teacher.name}'s is {ours}"
+            raise CheckpointError(f"{weak.name}: {problem}. Pass an early checkpoint of that teacher.")
+    return teacher.wrap(weak.net)
+
+
+def to_pil(images: Tensor) -> list:
+    """(B, 3, H, W) in [-1, 1] -> PIL images."""
+    from PIL import Image
+
+    array = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(a) for a in array]
+
+
+Build = Callable[[], nn.Module]
+
+
+def skeleton(make: Build) -> nn.Module:
+    """make() with its parameters on the meta device (its buffers are real), in eval mode."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return make().eval().requires_grad_(False)

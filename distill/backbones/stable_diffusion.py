@@ -1,0 +1,146 @@
+"""Stable Diffusion 1.x, and the tutorial's model, one in small: UNet2DConditionModel, CLIP's text model, a VAE.
+
+Diffusers and transformers are imported when a model is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Cond
+from ..file import checkpoint
+from ..file.layouts import Weights, is_patch
+from ..file.metadata import Metadata
+from ..header import CheckpointError
+from ..packed.layers import install
+from ..packed.weight import QuantError, layers
+from .base import Backbone, skeleton
+from .patch import PatchAutoencoder
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> ours
+
+
+class StableDiffusion(Backbone):
+    """Conditions: {"encoder_hidden_states": (B, L, D)}, and "class_labels" (B, P) where the net takes pooled text."""
+
+    main = "unet"
+
+    def encode(self, prompts: list[str]) -> Cond:
+        if "text_encoder" not in self.parts:
+            raise CheckpointError(f"{self.name}: holds no text encoder. Export the file with all three parts.")
+        length = self.tokenizer.model_max_length
+        how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        ids = self.tokenizer(prompts, **how).input_ids.to(self.device)
+        with torch.no_grad():
+            out = self.parts["text_encoder"](ids)
+        cond = {"encoder_hidden_states": out.last_hidden_state}
+        if self.net.config.class_embed_type == "projection":
+            cond["class_labels"] = out.pooler_output
+        return cond
+
+    def call(self, net: nn.Module, x: Tensor, index: Tensor, cond: Cond) -> Tensor:
+        return net(x, index, **cond, return_dict=False)[0]
+
+    def feature_layers(self, net: nn.Module) -> list[nn.Module]:
+        return [*net.down_blocks, net.mid_block]
+
+    # ------------------------------------------------------------------------------------------------- opening
+
+    @classmethod
+    def from_file(
+        cls, path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> StableDiffusion:
+        """Quantized layers become `packed.layers`' modules, and stay packed."""
+        held = checkpoint.read(path)
+        try:
+            weights = checkpoint.unpack(held).parts
+        except KeyError as e:
+            problem = f"no place for the weight {e}"
+            raise CheckpointError(f"{path}: wrong architecture: {problem}. Write the file again.") from e
+        parts = {name: fill(path, name, empty(name, held.meta), w, dtype).to(device) for name, w in weights.items()}
+        tokenizer = build_tokenizer(held.meta) if "text_encoder" in parts else None
+        return cls(parts, tokenizer, held.meta, Path(path).name, device)
+
+    @classmethod
+    def from_folder(
+        cls, path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> StableDiffusion:
+        from diffusers import StableDiffusionPipeline
+
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                path, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+                torch_dtype=dtype, use_safetensors=True, local_files_only=True,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError) as e:
+            raise CheckpointError(f"{path}: diffusers cannot open it: {e}") from e
+        parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+        schedule, config = pipe.scheduler.config, pipe.vae.config
+        spec = {k: schedule[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
+        if schedule["prediction_type"] not in PREDICTIONS:
+            raise CheckpointError(f"{path}: prediction_type {schedule['prediction_type']!r} is none of {PREDICTIONS}.")
+        meta = checkpoint.from_modules(
+            **parts, tokenizer=pipe.tokenizer,
+            prediction=PREDICTIONS[schedule["prediction_type"]], schedule={"kind": "ddpm", **spec},
+            t_in=spec["num_train_timesteps"] - 1, steps=50, guidance={"scale": 7.5, "baked": False},
+            latent={
+                "channels": pipe.unet.config.in_channels, "scale": config.scaling_factor,
+                "shift": config.get("shift_factor") or 0.0, "factor": 2 ** (len(config.block_out_channels) - 1),
+            },
+            license="see the teacher's",
+        ).meta  # fmt: skip
+        return cls({k: m.to(device) for k, m in parts.items()}, pipe.tokenizer, meta, Path(path).name, device)
+
+
+def empty(part: str, meta: Metadata) -> nn.Module:
+    """One part of a file without its weights. Raises KeyError for a part this family does not have."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = meta.architecture[part]
+    makes = {
+        "unet": lambda: UNet2DConditionModel(**config),
+        "vae": lambda: PatchAutoencoder.from_config(config) if is_patch(config) else AutoencoderKL(**config),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**config)),
+    }
+    return skeleton(makes[part])
+
+
+def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """An empty module with its weights, packed layers as they are. Raises CheckpointError where they do not fit."""
+    if what == "text_encoder" and any(k.startswith("text_model.") for k in module.state_dict()):
+        weights = {"text_model." + k: v for k, v in weights.items()}  # transformers 4 names them so
+    packed = layers(weights)
+    try:
+        rest = install(module, weights) if packed else weights
+    except QuantError as e:
+        raise CheckpointError(f"{path}: wrong architecture: the {what}'s {e}") from None
+    own = tuple(f"{name}." for name in packed)
+    expected = {k: v for k, v in module.state_dict().items() if not own or not k.startswith(own)}
+    checkpoint.check_fit(path, what, expected, rest)
+    rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rest.items()}
+    module.load_state_dict(rest, strict=False, assign=True)
+    return module.to(dtype)
+
+
+def build_tokenizer(meta: Metadata) -> Any:
+    """Metadata -> transformers' tokenizer, padding with the end token to the text encoder's length."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_str(json.dumps(meta.text_encoder["tokenizer"]))
+    config: Mapping = meta.architecture["text_encoder"]
+    start, end = (inner.id_to_token(config[k]) for k in ("bos_token_id", "eos_token_id"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        model_max_length=meta.text_encoder["max_length"],
+    )

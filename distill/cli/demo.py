@@ -1,0 +1,94 @@
+"""`distill demo`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a one-step student from the bundled teacher with a coach, and compare the two."""
+
+    minutes: float = 5.0
+    """Time for everything, on two cores or one GPU."""
+    out: Path = Path("onestep-demo")
+    """Folder for student.safetensors, comparison.png, report.json, workflow.json and the logs."""
+    seed: int = 0
+    """Of every random number."""
+    device: str = "auto"
+    """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+    resume: bool = False
+    """Go on with a run in `out` that was stopped."""
+    teacher: Path | None = None
+    """A teacher file of the tutorial world. Default: the bundled one."""
+    weak: Path | None = None
+    """A worse version of the teacher, for autoguidance. Default: the bundled one's; none for a teacher of your own."""
+    coach: Literal["lora", "copy"] = "copy"
+    """lora: adapters on the frozen teacher (least memory); copy: a second net (at this size faster and as good)."""
+
+
+def run(o: Demo) -> dict:
+    """Run the demo and return what report.json holds. Raises FileExistsError for a folder that holds a run already."""
+    from ..backbones import load
+    from ..backbones.base import weaker
+    from ..checks import need
+    from ..tutorial.bundled import bundled
+    from ..tutorial.demo import LAW, stages
+    from ..tutorial.prompts import speaks
+    from .console import bars, pick_device
+
+    need(o.minutes > 0, "minutes", o.minutes, "above 0")
+    file = o.out / "student.safetensors"
+    if file.exists() and not o.resume:
+        raise FileExistsError(f"{o.out} holds a run already: add --resume to go on with it, or name another folder")
+    teacher = load(o.teacher or bundled("teacher"), pick_device(o.device))
+    need(speaks(teacher), "teacher", teacher.name, "not of the tutorial world; use `distill train` for it")
+    weak = None
+    if o.teacher is None or o.weak is not None:
+        weak = weaker(teacher, load(o.weak or bundled("weak"), teacher.device))
+    else:
+        print("no autoguidance: it needs a worse version of this teacher (--weak)")
+    print(f"teacher: {teacher.name} on {teacher.device}, seed {o.seed}, {o.minutes:g} minutes -> {o.out}/")
+    config = {k: v for k, v in asdict(o).items() if k not in ("out", "device", "resume", "teacher", "weak")}
+    config |= LAW if weak is not None else LAW | {"autoguidance": 1.0}
+    about = {"method": "vsd", "config": config, "guidance": {"scale": LAW["guidance"], "baked": True}}
+    step = None
+    how = {"minutes": o.minutes, "seed": o.seed, "coach": o.coach, "weak": weak, "resume": o.resume}
+    try:
+        with bars() as told:
+            for latest in stages(teacher, o.out, **how, told=told):
+                step = latest
+    except KeyboardInterrupt:
+        if step is None:
+            print(f"\nStopped before the student's first step; go on with: distill demo --out {o.out} --resume")
+        else:
+            teacher.save_student(file, step.ema, **about)
+            print(f"\nStopped. {file} is the student so far; go on with: distill demo --out {o.out} --resume")
+        raise
+    teacher.save_student(file, step.ema, **about)
+    return finish(o, teacher, about)
+
+
+def finish(o: Demo, teacher, about: dict) -> dict:
+    """Measure the student, draw the comparison, write report.json and workflow.json, print the table."""
+    from ..backbones import load
+    from ..tutorial.demo import compare, write_workflow
+    from ..tutorial.metrics import Judge, evaluate, print_table
+
+    file = o.out / "student.safetensors"
+    student = load(file, teacher.device)
+    # The teacher's figures were made by `python -m distill.tutorial.build measure`: 50 steps take minutes.
+    rows = {f"teacher, {name}": report for name, report in teacher.meta.metrics.items()}
+    rows["student, 1 step"] = evaluate(lambda p, g: student.sample(p, g).cpu(), Judge.load()).to_dict()
+    times = compare(teacher, student, o.out / "comparison.png", o.seed)
+    report = {"seed": o.seed, "minutes": o.minutes, "seconds_per_image": times, "rows": rows}
+    (o.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    teacher.save_student(file, student.net, metrics={"1 step": rows["student, 1 step"]}, **about)
+    print_table(rows)
+    print(f"\n{o.out}/comparison.png shows the three side by side; {o.out}/report.json holds the figures.")
+    if write_workflow(o.out):
+        print(f"In ComfyUI: put {file} into models/diffusion_models, drop {o.out}/workflow.json on the page.")
+    return report

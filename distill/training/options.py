@@ -1,0 +1,56 @@
+"""Options of the loop, the same for every method. Learning rates are a method's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..checks import need
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    steps: int | None = 2000
+    """Iterations, coach warm-up included. None: only `minutes` ends the run."""
+    minutes: float | None = None
+    """Time budget; the run ends at whichever of the two comes first, and the learning rate falls in step with it."""
+    betas: tuple[float, float] = (0.5, 0.99)
+    """AdamW, all nets: little momentum, as the target moves (tutorial world; SiD has beta1 = 0)."""
+    weight_decay: float = 0.01
+    """AdamW, all nets (DMD2)."""
+    clip: float = 1.0
+    """Largest gradient norm, each net (SwiftBrush)."""
+    lr_warmup: int = 0
+    """Steps of linear rise (DMD2: 500 at SD's size)."""
+    decay_from: float = 0.5
+    """The learning rates fall along a cosine after this fraction of the run (tutorial world)."""
+    lr_end: float = 0.0
+    """What is left of the learning rates at the end, as a fraction."""
+    ema: float | None = 0.99
+    """Decay of the averaged student, after a warm-up of min(ema, (1 + n) / (10 + n)) (tutorial world). None: no
+    average and no memory for one."""
+    accumulate: int = 1
+    """Batches per step, for every net."""
+    log_every: int = 10
+    """Iterations per row of log.csv; a row is the mean over them."""
+    save_every: int = 100
+    """Iterations per checkpoint: what a killed process loses at most."""
+    keep: int = 2
+    """Checkpoints kept."""
+    seed: int = 0
+    """Of every random number in the run."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast of the nets' insides (losses stay fp32). No fp16: the loss is a difference of near equals (SiD-LSG)."""
+    max_spread: float = 10.0
+    """Stop when the samples' standard deviation exceeds this; latents have about 1 by the file contract."""
+
+    def __post_init__(self) -> None:
+        need(self.steps is not None or self.minutes is not None, "steps", None, "give steps or minutes")
+        need(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more")
+        need(self.minutes is None or self.minutes > 0, "minutes", self.minutes, "above 0")
+        for name in ("accumulate", "log_every", "save_every", "keep"):
+            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("decay_from", "lr_end"):
+            need(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction, 0 to 1")
+        need(self.ema is None or 0 <= self.ema < 1, "ema", self.ema, "0 or more, below 1")
+        need(self.clip > 0, "clip", self.clip, "above 0")

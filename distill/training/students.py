@@ -1,0 +1,57 @@
+"""A whole run: a teacher and a method's options in, a student out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones.base import Backbone
+from ..denoiser import Denoiser
+from ..methods.base import Batches, Options, Parts, Told
+from ..student import Student
+from .loop import seeded, train
+from .options import TrainOptions
+from .state import Step
+
+
+def train_student(
+    teacher: Backbone,
+    options: Options,
+    batches: Batches,
+    training: TrainOptions | None = None,
+    out: str | Path | None = None,
+    *,
+    net: nn.Module | None = None,
+    t_in: float | None = None,
+    weak: Denoiser | None = None,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    identity: Mapping[str, Any] | None = None,
+    told: Told = lambda what, share: None,
+) -> Iterator[Step]:
+    """Train a one-step student of a teacher by the method that `options` (such as VSDOptions()) describe.
+
+        for step in train_student(teacher, VSDOptions(), prompt_batches(teacher, prompts, 32), out="runs/mine"):
+            print(step.step, step.logs)
+        teacher.save_student("student.safetensors", step.ema, method="vsd")
+
+    batches: of prompts, as training.prompts makes them. net: where the student starts, trained in place; default a copy
+    of the teacher's. t_in: the timestep the student is called at, as the net counts them; default the teacher's
+    noisiest. weak: a worse teacher, for autoguidance. told(what, share) hears of data that is made first. The rest is
+    as for `train`, ValueError and Diverged included. The teacher is as it was when the generator ends or is closed.
+    """
+    training = training or TrainOptions()
+    student = Student(copy.deepcopy(teacher.net) if net is None else net, teacher.wrap, teacher.time(t_in))
+    parts = Parts(teacher.net, teacher.wrap, student, teacher.encode([""]), weak, seeded("cpu", training.seed, 2))
+    method = options.build(parts)
+    folder = Path(out) if out is not None else None
+    try:
+        drawn = method.data(batches, seeded("cpu", training.seed, 1), folder, told)
+        yield from train(method, drawn, training, out, resume, device=device or teacher.device, identity=identity)
+    finally:
+        method.close()
