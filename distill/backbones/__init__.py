@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..file.metadata import read_metadata
+from ..file import checkpoint
 from ..header import CheckpointError
 from .base import Backbone
 
@@ -31,10 +31,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """
     path = Path(path)
     if not path.is_dir():
-        name = read_metadata(path).family
+        held = checkpoint.read(path)
+        name = held.meta.family
         if name not in FAMILIES:
             raise CheckpointError(f"{path}: of the family {name!r}, which this OneStep does not know. Update OneStep.")
-        return family(name).from_file(path, device, dtype)
+        return family(name).from_file(path, held, device, dtype)
     index = path / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{path}: no model_index.json in it. Give a diffusers folder, or a OneStep file.")

@@ -47,8 +47,10 @@ class Backbone:
     # ------------------------------------------------------------------------------- what a family answers
 
     @classmethod
-    def from_file(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> Backbone:
-        """Open a OneStep file. Raises CheckpointError."""
+    def from_file(
+        cls, path: Path, held: checkpoint.Checkpoint, device: str | torch.device, dtype: torch.dtype
+    ) -> Backbone:
+        """Open a OneStep file from what it holds. Raises CheckpointError where that does not fit."""
         raise NotImplementedError
 
     @classmethod

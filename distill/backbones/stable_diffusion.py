@@ -54,10 +54,9 @@ class StableDiffusion(Backbone):
 
     @classmethod
     def from_file(
-        cls, path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: Path, held: checkpoint.Checkpoint, device: str | torch.device, dtype: torch.dtype
     ) -> StableDiffusion:
         """Quantized layers become `packed.layers`' modules, and stay packed."""
-        held = checkpoint.read(path)
         try:
             weights = checkpoint.unpack(held).parts
         except KeyError as e:
@@ -68,9 +67,7 @@ class StableDiffusion(Backbone):
         return cls(parts, tokenizer, held.meta, Path(path).name, device)
 
     @classmethod
-    def from_folder(
-        cls, path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> StableDiffusion:
+    def from_folder(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> StableDiffusion:
         from diffusers import StableDiffusionPipeline
 
         try:
@@ -126,7 +123,7 @@ def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torc
     checkpoint.check_fit(path, what, expected, rest)
     rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rest.items()}
     module.load_state_dict(rest, strict=False, assign=True)
-    return module.to(dtype)
+    return nn.Module.to(module, dtype)  # diffusers' own `to` warns of nothing that matters here
 
 
 def build_tokenizer(meta: Metadata) -> Any:

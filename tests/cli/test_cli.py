@@ -88,11 +88,13 @@ def test_train_from_a_prompts_file(tmp_path):
     prompts = shapes.sample_prompts(16, torch.Generator().manual_seed(0))
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     how = ["--steps", 3, "--batch-size", 4, "--rank", 4, "--device", "cpu", "--save-every", 2, "--autoguidance", 2]
-    done = distill("train", "vsd", "--guidance", 4.5, "--out", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *how)
+    done = distill(
+        "train", "vsd", "--guidance", 4.5, "--out", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *how
+    )
     assert done.returncode == 0, done.stderr
     meta = read_metadata(tmp_path / "run" / "student.safetensors")
     assert meta.method == "vsd" and meta.guidance["baked"] and meta.teacher == "teacher.safetensors"
-    assert meta.config["training"]["steps"] == 3 and meta.guidance["scale"] == 4.5
+    assert meta.config["steps"] == 3 and meta.guidance["scale"] == 4.5
     assert str(tmp_path) not in json.dumps(meta.config)
     assert "rel_gap" in (tmp_path / "run" / "log.csv").read_text().splitlines()[0]
     refused = distill("train", "vsd", "--out", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *how)

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from distill.backbones import load
 from distill.file import checkpoint
 from distill.header import CheckpointError
 from distill.packed.formats import read
@@ -247,7 +246,7 @@ def test_a_onestep_file_as_gguf_is_one_still(tmp_path):
     assert done.layers and not done.left_out
     found = checkpoint.read(out)
     assert found.meta == original.meta
-    one, other = load(path), load(out)
+    one, other = tiny.build(path), tiny.build(out)
     g, config = torch.Generator().manual_seed(4), one.unet.config
     x, c = (
         torch.randn(1, config.in_channels, 8, 8, generator=g),

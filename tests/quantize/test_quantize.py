@@ -297,7 +297,7 @@ def test_a_layer_of_another_shape_is_told_with_the_file(student, tmp_path):
     architecture["unet"]["cross_attention_dim"] = 64
     strings = read_header(out)["__metadata__"] | {"architecture": json.dumps(architecture)}
     save_file(load_file(out), tmp_path / "wrong.safetensors", strings)
-    with pytest.raises(CheckpointError, match="wrong.safetensors: wrong architecture: the U-Net's layer .*attn2.to_."):
+    with pytest.raises(CheckpointError, match="wrong.safetensors: wrong architecture: the unet's layer .*attn2.to_."):
         tiny.build(tmp_path / "wrong.safetensors")
 
 
