@@ -22,9 +22,9 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
+from distill import layouts
 from distill.backbones import load
 from distill.backbones.base import Backbone
-from distill.file import layouts
 from distill.packed.weight import QuantizedWeight, layers
 from distill.quantize.run import Quantize, quantize_file
 from distill.quantize.stream import Dequantized, rounding_activations

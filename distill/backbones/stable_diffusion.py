@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..denoiser import Cond
 from ..file import checkpoint
-from ..file.layouts import Weights, is_patch
 from ..file.metadata import Metadata
 from ..header import CheckpointError
+from ..layouts import Weights, is_patch
 from ..packed.layers import install
 from ..packed.weight import QuantError, layers
 from .base import Backbone, skeleton

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from .. import layouts
 from ..atomic import write_beside
 from ..header import CheckpointError
+from ..layouts import PREFIXES, UNET, Weights
 from ..packed.weight import layers
-from . import layouts
-from .layouts import PREFIXES, UNET, Weights
 from .metadata import Metadata, read_metadata  # noqa: F401  (part of this module's face)
 
 

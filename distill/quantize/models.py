@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Generator, Tensor, nn
 
+from .. import layouts
 from ..backbones.stable_diffusion import StableDiffusion, build_tokenizer, empty, fill
-from ..file import checkpoint, layouts
+from ..file import checkpoint
 from ..file.metadata import Metadata
 from ..header import CheckpointError
 from ..packed.weight import QuantizedWeight, layers

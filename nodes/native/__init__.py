@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ...distill.file import checkpoint
-from ...distill.file.layouts import TEXT, UNET, VAE
+from ...distill.layouts import TEXT, UNET, VAE
 from .clip import build_clip
 from .model import build_model
 from .vae import build_vae

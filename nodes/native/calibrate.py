@@ -8,8 +8,8 @@ from pathlib import Path
 import comfy.samplers
 import torch
 
-from ...distill.file.layouts import TEXT, UNET
 from ...distill.file.metadata import Metadata
+from ...distill.layouts import TEXT, UNET
 from ...distill.quantize.calibrate import LayerStats, collect
 from ...distill.schedule import from_spec
 from ...distill.tutorial import shapes

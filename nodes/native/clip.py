@@ -14,8 +14,8 @@ import comfy.utils
 import torch
 
 from ...distill.file.checkpoint import check_fit
-from ...distill.file.layouts import Weights
 from ...distill.file.metadata import Metadata
+from ...distill.layouts import Weights
 from ...distill.packed.weight import layers
 from .limits import require
 from .ops import operations

@@ -13,9 +13,9 @@ import comfy.supported_models_base
 import comfy.utils
 
 from ...distill.file.checkpoint import check_fit
-from ...distill.file.layouts import Weights, per_level
 from ...distill.file.metadata import Metadata
 from ...distill.header import CheckpointError
+from ...distill.layouts import Weights, per_level
 from ...distill.packed.weight import layers as marked
 from ..recipe import attach
 from .limits import require, require_multiples

@@ -14,7 +14,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 
 from ...distill.backbones.patch import PatchAutoencoder
 from ...distill.file.checkpoint import check_fit
-from ...distill.file.layouts import Weights, is_patch
+from ...distill.layouts import Weights, is_patch
 from .limits import require, require_multiples
 
 FIXED = {"norm_num_groups": (32,), "act_fn": ("silu",), "mid_block_add_attention": (True,)}

@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 
-from distill.file import checkpoint, layouts
+from distill import layouts
+from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError, read_header
 from distill.tutorial.bundled import bundled

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from distill import layouts
 from distill.backbones import load
-from distill.file import checkpoint, layouts
+from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError, read_header
 from distill.packed.weight import QuantError, QuantizedWeight, layers, unpack_nibbles

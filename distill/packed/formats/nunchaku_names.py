@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...file.layouts import unet_to_ldm
 from ...header import CheckpointError
+from ...layouts import unet_to_ldm
 from .nunchaku import FIELDS, Layer, layer, split_rows, stack_columns, stack_rows
 
 DOUBLE = {

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...file.layouts import UNET, unet_to_ldm
 from ...header import CheckpointError
+from ...layouts import UNET, unet_to_ldm
 from ...packed.formats.regroup import is_layer
 from ...packed.weight import QuantizedWeight, layers
 
