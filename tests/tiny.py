@@ -139,6 +139,39 @@ def write(path, dtype=None, seed: int = 0, vae="patch", text: dict | None = None
     return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, vae, text, **unet or {}), **meta)), dtype)
 
 
+def clip_tokenizer():
+    """CLIP's own tokenizer class, with single letters as its vocabulary."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=32)
+
+
+def stable_diffusion(folder, max_shard_size="1GB", prediction="epsilon", clip=False, **scheduler):
+    """A tiny random Stable Diffusion as diffusers saves it; its folder. clip: with CLIP's own tokenizer class, and
+    eos_token_id 2 in the text encoder's configuration, as Stable Diffusion 1.x has it."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = UNET | {"in_channels": 4, "out_channels": 4, "class_embed_type": None}
+    config |= {"projection_class_embeddings_input_dim": None, "resnet_time_scale_shift": "default"}
+    words = clip_tokenizer() if clip else tokenizer()
+    text = TEXT | ({"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1} if clip else {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = {
+            "unet": UNet2DConditionModel(**config),
+            "vae": AutoencoderKL(**VAE | {"latent_channels": 4, "scaling_factor": 0.7}),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **text)),
+        }
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False, **scheduler)
+    rest = {"tokenizer": words, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+    pipe = StableDiffusionPipeline(**parts, **rest, requires_safety_checker=False)
+    pipe.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
 def decode(mods: Modules, latent: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
     image = mods.vae.decode(latent)

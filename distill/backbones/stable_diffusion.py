@@ -133,7 +133,8 @@ def build_tokenizer(meta: Metadata) -> Any:
 
     inner = Tokenizer.from_str(json.dumps(meta.text_encoder["tokenizer"]))
     config: Mapping = meta.architecture["text_encoder"]
-    start, end = (inner.id_to_token(config[k]) for k in ("bos_token_id", "eos_token_id"))
+    ids = {"start": config["bos_token_id"], "end": config["eos_token_id"], **meta.text_encoder}
+    start, end = (inner.id_to_token(ids[k]) for k in ("start", "end"))
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token=start,

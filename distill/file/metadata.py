@@ -40,7 +40,8 @@ class Metadata:
     guidance: dict[str, Any] = field(default_factory=lambda: {"scale": 1.0, "baked": True})
     """scale, and whether it is already in the weights (a student) or to be applied (a teacher)"""
     text_encoder: dict[str, Any] | None = None
-    """{"tokenizer": the tokenizers library's JSON, "max_length": tokens}"""
+    """{"tokenizer": the tokenizers library's JSON, "max_length": tokens, "start", "end": ids; files without these two
+    mean the text encoder's bos_token_id and eos_token_id}"""
     teacher: str = ""
     license: str = "Apache-2.0"
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -115,8 +116,10 @@ class Metadata:
         text = self.architecture.get("text_encoder")
         if text is not None:
             need(self.text_encoder is not None, "text_encoder", "is missing (the tokenizer)")
-            # transformers pools at the highest id, not at the end token, when that token is number 2
-            need(text.get("eos_token_id") != 2, "architecture", "has eos_token_id 2: give the end token another id")
+            # with eos_token_id 2, as SD 1.x has it, transformers pools at the highest id: CLIP's end token
+            end, highest = self.text_encoder.get("end"), text.get("vocab_size", 0) - 1
+            fits = text.get("eos_token_id") != 2 or end == highest
+            need(fits, "architecture", f"has eos_token_id 2 where the end token {end} is not the highest id, {highest}")
 
 
 def _metadata_error(path: str | Path, key: str, problem: str) -> CheckpointError:

@@ -63,7 +63,8 @@ def build_clip(
     """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
     config = meta.architecture["text_encoder"]
     require(path, "CLIP", config, FIXED)
-    special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["eos_token_id"]}
+    ids = {"start": config["bos_token_id"], "end": config["eos_token_id"], **meta.text_encoder}
+    special = {"start": ids["start"], "end": ids["end"], "pad": ids["end"]}
     words, length = Words(meta.text_encoder["tokenizer"]), meta.text_encoder["max_length"]
 
     class Tokenizer(comfy.sd1_clip.SDTokenizer):

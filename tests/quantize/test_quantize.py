@@ -33,24 +33,7 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """A tiny random Stable Diffusion as diffusers saves it, with the U-Net in shards."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = tiny.UNET | {"in_channels": 4, "out_channels": 4, "class_embed_type": None}
-    config |= {"projection_class_embeddings_input_dim": None, "resnet_time_scale_shift": "default"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        words = tiny.tokenizer()
-        parts = {
-            "unet": UNet2DConditionModel(**config),
-            "vae": AutoencoderKL(**tiny.VAE | {"latent_channels": 4}),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **tiny.TEXT)),
-        }
-    rest = {"tokenizer": words, "scheduler": DDIMScheduler(), "safety_checker": None, "feature_extractor": None}
-    folder = tmp_path_factory.mktemp("pipeline")
-    StableDiffusionPipeline(**parts, **rest, requires_safety_checker=False).save_pretrained(
-        folder, max_shard_size="2MB"
-    )
+    folder = tiny.stable_diffusion(tmp_path_factory.mktemp("pipeline"), max_shard_size="2MB")
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     return folder
 
