@@ -1,136 +1,29 @@
-"""What a generator of tutorial pictures is worth: a judge that reads pictures, and figures made from its readings.
+"""What a generator of tutorial pictures is worth, in figures that are hard to fool together.
 
-No figure stands alone. Accuracy forgives a generator that always draws the same ring; the Frechet distance forgives
-blur; so diversity, entropy, sharpness and cleanness stand beside them, each against real renders.
+Accuracy forgives a generator that always draws the same ring; the Frechet distance forgives blur; and both look through
+the eyes of a judge, who must answer even where there is nothing to see. So the renderer is the second witness (see
+`nearest`): what is left over beside the nearest render says how well a picture is drawn, and a picture that no render
+is near to does not count as right. Every figure stands against real renders, and against real renders that went
+through the generator's own autoencoder, beyond which it cannot get.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import shapes
+from .figures import all_right, distance_to_clean, entropy, frechet, style_spread
+from .judge import Judge, Reading
+from .nearest import Nearest, nearest_render
 
-FEATURES = 64
-
-
-class Reading(NamedTuple):
-    """What the judge sees in B pictures."""
-
-    attributes: Tensor  # (B, 5) int64, columns as shapes.NAMES
-    style: Tensor  # (B, 10), columns as shapes.STYLE
-    features: Tensor  # (B, 64), for distances between sets of pictures
+__all__ = ["Judge", "Report", "evaluate", "evaluate_seeds", "frechet"]
 
 
-class Judge(nn.Module):
-    """A small convolutional net that reads all attributes and the style off a 64x64 picture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        def block(i: int, o: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.SiLU(), nn.Conv2d(o, o, 3, 1, 1),
-                                 nn.GroupNorm(8, o), nn.SiLU())  # fmt: skip
-
-        self.body = nn.Sequential(block(3, 32), block(32, 64), block(64, 96), nn.Conv2d(96, 24, 1), nn.Flatten())
-        self.features = nn.Sequential(nn.Linear(24 * 64, 256), nn.SiLU(), nn.Linear(256, FEATURES))
-        self.heads = nn.ModuleList(nn.Linear(FEATURES, len(v)) for v in shapes.ATTRIBUTES.values())
-        self.style = nn.Sequential(nn.Linear(24 * 64, 128), nn.SiLU(), nn.Linear(128, len(shapes.STYLE)))
-
-    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """(B, 3, 64, 64) in [-1, 1] -> logits per attribute, style (B, 10), features (B, 64)."""
-        h = self.body(images)
-        f = self.features(h)
-        return [head(F.silu(f)) for head in self.heads], self.style(h), f
-
-    @torch.no_grad()
-    def read(self, images: Tensor, batch: int = 128) -> Reading:
-        """Read pictures (B, 3, 64, 64) in [-1, 1]."""
-        parts = [self(x) for x in images.float().split(batch)]
-        attributes = torch.cat([torch.stack([logit.argmax(1) for logit in p[0]], 1) for p in parts])
-        return Reading(attributes, torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]))
-
-    @classmethod
-    def load(cls, path: str | Path | None = None) -> Judge:
-        """The bundled judge, or one from a safetensors file."""
-        path = Path(path or Path(__file__).parent / "assets" / "judge.safetensors")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no judge there. Make it with `python -m distill.tutorial.build judge`.")
-        judge = cls().eval().requires_grad_(False)
-        judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-        return judge
-
-    @staticmethod
-    def card(path: str | Path | None = None) -> dict[str, str]:
-        """The metadata stored beside the judge's weights: its accuracy, and what it was trained on."""
-        with safe_open(path or Path(__file__).parent / "assets" / "judge.safetensors", "pt") as file:
-            return dict(file.metadata())
-
-
-# ---------------------------------------------------------------------------------------------------------- the figures
-def all_right(read: Tensor, asked: Tensor, stated: Tensor | None = None) -> Tensor:
-    """Whether every stated attribute is as asked. read, asked (B, 5) int, stated (B, 5) bool -> (B,) bool."""
-    right = read == asked
-    return (right if stated is None else right | ~stated).all(1)
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to features a (N, D) and b (M, D) (Heusel et al. 2017, eq. 6).
-
-    The trace of the root of the product is taken from the eigenvalues of a symmetric matrix similar to it. The value
-    falls with the number of samples: compare only equal N, and give the distance between two real sets beside it.
-    """
-    a, b = a.double(), b.double()
-    ca, cb = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
-
-
-def spread(features: Tensor, groups: int) -> float:
-    """Mean distance between pictures of the same prompt. features (groups * k, D), a group's rows together."""
-    f = features.view(groups, -1, features.shape[-1])
-    k = f.shape[1]
-    return (torch.cdist(f, f).sum((1, 2)) / (k * (k - 1))).mean().item()
-
-
-def entropy(attributes: Tensor, stated: Tensor, groups: int) -> float:
-    """Mean entropy in nats of the attributes a prompt leaves open, within groups of pictures of one prompt.
-
-    attributes (groups * k, 5) as read, stated (groups, 5).
-    """
-    total, count = 0.0, 0
-    for rows, said in zip(attributes.view(groups, -1, len(shapes.NAMES)), stated):
-        for i, values in enumerate(shapes.ATTRIBUTES.values()):
-            if not said[i]:
-                p = torch.bincount(rows[:, i], minlength=len(values)).double() / len(rows)
-                total, count = total - torch.special.xlogy(p, p).sum().item(), count + 1
-    return total / max(count, 1)
-
-
-def sharpness(images: Tensor) -> float:
-    """Mean absolute Laplacian: falls with blur, rises with texture noise. (B, 3, H, W)."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
-    return F.conv2d(images, kernel, groups=3).abs().mean().item()
-
-
-def distance_to_clean(images: Tensor, reading: Reading) -> Tensor:
-    """Root mean square distance of each picture to a clean render of what the judge read in it, (B,)."""
-    clean = shapes.render(reading.attributes, reading.style.clamp(-1.2, 1.2))
-    return (images - clean).square().mean((1, 2, 3)).sqrt()
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
 @dataclass
 class Report:
     """Every figure with the number of samples behind it; `*_ratio` are against real renders (1 is as real)."""
@@ -138,7 +31,7 @@ class Report:
     n: int
     """Pictures, one each for n random prompts that state everything and are not held out."""
     accuracy: float
-    """Share of the n with every attribute right."""
+    """Share of the n with every attribute right, in a picture that a render is near to."""
     accuracy_n: int
     held_out_accuracy: float
     """The same on combinations never trained on."""
@@ -147,9 +40,10 @@ class Report:
     """Frechet distance on the judge's features between the n and renders of the same prompts."""
     frechet_floor: float
     """The same between two sets of renders of those prompts: what a perfect generator would get."""
-    diversity_ratio: float
-    """Spread among pictures of one full prompt, against renders'."""
-    diversity_n: int
+    style_ratio: float
+    """Spread of what a full prompt leaves unsaid (place, size, turn, tints), as the nearest render has it, against
+    renders'; the mean over the ten numbers of at most 1 each, so that too much of one cannot make up for another."""
+    style_n: int
     entropy_ratio: float
     """Entropy of attributes that short prompts leave open, against renders'."""
     entropy_n: int
@@ -157,8 +51,10 @@ class Report:
     """Share of those short-prompt pictures that show what the prompt states."""
     short_clean: float
     """Share of them as close to a clean render as 95 % of renders are: mush, where the prompt leaves much open."""
-    sharpness_ratio: float
-    """Mean absolute Laplacian of the n against renders'; below 1 is blur, above 1 texture noise."""
+    residual: float
+    """Median over the n of the root mean square distance to the nearest render, pictures being in [-1, 1] (real: 0)."""
+    short_residual: float
+    """The same of the short-prompt pictures."""
     clean: float
     """Share of the n as close to a clean render of what is read in them as 95 % of renders are (real: 0.95)."""
 
@@ -167,72 +63,113 @@ class Report:
 
 
 COLUMNS = {
-    "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "diversity": "diversity_ratio",
-    "entropy": "entropy_ratio", "short": "short_accuracy", "short clean": "short_clean", "sharp": "sharpness_ratio",
-    "clean": "clean",
+    "right": "accuracy", "held out": "held_out_accuracy", "Frechet": "frechet", "style": "style_ratio",
+    "entropy": "entropy_ratio", "residual": "residual", "clean": "clean", "short": "short_accuracy",
+    "short clean": "short_clean",
 }  # fmt: skip
 """What tables show: heading and field of Report."""
 
 Generate = Callable[[list[str], torch.Generator], Tensor]
 """(prompts, generator) -> pictures (B, 3, 64, 64) in [-1, 1]."""
 
-GROUPS, PER_GROUP = 32, 16  # prompts and pictures a prompt, for diversity and for entropy each
+GROUPS, PER_GROUP = 32, 16  # prompts and pictures a prompt, for style and for entropy each
+
+
+class Seen(NamedTuple):
+    """Some pictures, what the judge reads in them and what the renderer says to that."""
+
+    images: Tensor
+    reading: Reading
+    nearest: Nearest
+
+    def right(self, asked: Tensor, stated: Tensor | None = None) -> float:
+        """Share of pictures that show what was asked."""
+        return (all_right(self.reading.attributes, asked, stated) & ~self.nearest.none).float().mean().item()
+
+    def clean(self, limit: float) -> float:
+        """Share of pictures no farther than that from a clean render of the reading."""
+        return (distance_to_clean(self.images, self.reading) <= limit).float().mean().item()
+
+    @property
+    def residual(self) -> float:
+        return self.nearest.residual.median().item()
+
+
+def look(judge: Judge, images: Tensor) -> Seen:
+    """Read pictures (B, 3, 64, 64) and look for the render nearest to each."""
+    reading = judge.read(images)
+    return Seen(images, reading, nearest_render(images, reading.attributes, reading.style))
 
 
 @torch.no_grad()
 def evaluate(generate: Generate, judge: Judge, n: int = 1024, seed: int = 1234) -> Report:
-    """Measure a generator: n full prompts, n/4 held-out ones, and 32 prompts x 16 pictures for diversity and entropy.
+    """Measure a generator: n full prompts, n/4 held-out ones, and 32 prompts x 16 pictures for style and for entropy.
 
     The same n and seed give the same prompts and the same real pictures, so that reports compare.
     """
     g = torch.Generator().manual_seed(seed)
 
-    def renders(attributes: Tensor) -> tuple[Tensor, Reading]:
-        images = shapes.render(attributes, shapes.sample_style(len(attributes), g))
-        return images, judge.read(images)
+    def real(attributes: Tensor) -> Tensor:
+        return shapes.render(attributes, shapes.sample_style(len(attributes), g))
+
+    def made(attributes: Tensor, stated: Tensor | None = None) -> Seen:
+        some = [None] * len(attributes) if stated is None else stated
+        return look(judge, generate([shapes.prompt(a, s) for a, s in zip(attributes, some)], g))
 
     asked = shapes.sample_attributes(n, g)
-    real, real_reading = renders(asked)
-    other_features = renders(asked)[1].features
-    made = generate([shapes.prompt(a) for a in asked], g)
-    reading = judge.read(made)
-
+    true, other = real(asked), real(asked)
+    reading = judge.read(true)
+    limit = distance_to_clean(true, reading).quantile(0.95).item()
+    full = made(asked)
     unseen = shapes.sample_attributes(max(n // 4, 16), g, held_out=True)
-    unseen_read = judge.read(generate([shapes.prompt(a) for a in unseen], g)).attributes
+    held_out = made(unseen).right(unseen)
 
-    def repeated(rows: Tensor) -> Tensor:
-        return rows.repeat_interleave(PER_GROUP, 0)
-
-    full = shapes.sample_attributes(GROUPS, g)
-    full_real = spread(renders(repeated(full))[1].features, GROUPS)
-    full_made = spread(judge.read(generate([shapes.prompt(a) for a in repeated(full)], g)).features, GROUPS)
+    rows = shapes.sample_attributes(GROUPS, g)
+    repeated = rows.repeat_interleave(PER_GROUP, 0)
+    of_real, of_made = (
+        style_spread(x.nearest.style, ~x.nearest.none, GROUPS) for x in (look(judge, real(repeated)), made(repeated))
+    )
 
     stated = torch.zeros(GROUPS, len(shapes.NAMES), dtype=torch.bool)
     stated[torch.arange(GROUPS), torch.arange(GROUPS) % len(shapes.NAMES)] = True  # short prompts: one attribute each
-    short = [shapes.prompt(a, s) for a, s in zip(repeated(full), repeated(stated))]
-    open_real = entropy(judge.read(_completions(full, stated, g)).attributes, stated, GROUPS)
-    brief = generate(short, g)
-    brief_reading = judge.read(brief)
-    stated_right = all_right(brief_reading.attributes, repeated(full), repeated(stated))
-
-    limit = distance_to_clean(real, real_reading).quantile(0.95)
+    open_real = entropy(judge.read(_completions(rows, stated, g)).attributes, stated, GROUPS)
+    said = stated.repeat_interleave(PER_GROUP, 0)
+    brief = made(repeated, said)
     return Report(
         n=n,
-        accuracy=all_right(reading.attributes, asked).float().mean().item(),
+        accuracy=full.right(asked),
         accuracy_n=n,
-        held_out_accuracy=all_right(unseen_read, unseen).float().mean().item(),
+        held_out_accuracy=held_out,
         held_out_n=len(unseen),
-        frechet=frechet(reading.features, real_reading.features),
-        frechet_floor=frechet(other_features, real_reading.features),
-        diversity_ratio=full_made / full_real,
-        diversity_n=GROUPS * PER_GROUP,
-        entropy_ratio=entropy(brief_reading.attributes, stated, GROUPS) / open_real,
+        frechet=frechet(full.reading.features, reading.features),
+        frechet_floor=frechet(judge.read(other).features, reading.features),
+        style_ratio=(of_made / of_real).clamp(max=1).mean().item(),
+        style_n=GROUPS * PER_GROUP,
+        entropy_ratio=entropy(brief.reading.attributes, stated, GROUPS, ~brief.nearest.none) / open_real,
         entropy_n=GROUPS * PER_GROUP,
-        short_accuracy=stated_right.float().mean().item(),
-        short_clean=(distance_to_clean(brief, brief_reading) <= limit).float().mean().item(),
-        sharpness_ratio=sharpness(made) / sharpness(real),
-        clean=(distance_to_clean(made, reading) <= limit).float().mean().item(),
+        short_accuracy=brief.right(repeated, said),
+        short_clean=brief.clean(limit),
+        residual=full.residual,
+        short_residual=brief.residual,
+        clean=full.clean(limit),
     )
+
+
+def evaluate_seeds(generate: Generate, judge: Judge, n: int = 1024, seeds: int = 3, first: int = 1234) -> dict:
+    """`evaluate` at `seeds` seeds from `first` on: a report's fields as means, and under "each" the values they are of.
+
+    One seed carries no claim: the Frechet distance of one and the same student moves by a fifth from seed to seed.
+    """
+    reports = [evaluate(generate, judge, n, first + i).to_dict() for i in range(seeds)]
+    each = {f.name: [r[f.name] for r in reports] for f in fields(Report)}
+    mean = {k: v[0] if k.endswith("n") and isinstance(v[0], int) else round(sum(v) / seeds, 4) for k, v in each.items()}
+    return mean | {"seeds": list(range(first, first + seeds)), "each": {k: each[k] for k in COLUMNS.values()}}
+
+
+def spread(report: dict, field: str) -> float:
+    """Half the distance between the largest and the smallest value of a field over seeds; 0 for one seed."""
+    values = report.get("each", {}).get(field, [0.0])
+    return (max(values) - min(values)) / 2
 
 
 def _completions(attributes: Tensor, stated: Tensor, generator: torch.Generator) -> Tensor:
@@ -246,10 +183,46 @@ def _completions(attributes: Tensor, stated: Tensor, generator: torch.Generator)
     return shapes.render(rows, shapes.sample_style(len(rows), generator))
 
 
-def print_table(rows: dict[str, dict]) -> None:
+# ------------------------------------------------------------------------------------------------- rows and tables
+
+
+def real_pictures(prompts: list[str], generator: torch.Generator) -> Tensor:
+    """Renders of the prompts, what they leave open drawn at random: the best generator there can be."""
+    rows = shapes.sample_attributes(len(prompts), generator)
+    for row, text in zip(rows, prompts):
+        for name, value in shapes.parse(text).items():
+            row[shapes.NAMES.index(name)] = shapes.ATTRIBUTES[name].index(value)
+    return shapes.render(rows, shapes.sample_style(len(rows), generator))
+
+
+def encoded(vae) -> Generate:
+    """Real pictures after a model's autoencoder: the best that a generator of its latents can be."""
+
+    @torch.no_grad()
+    def generate(prompts: list[str], generator: torch.Generator) -> Tensor:
+        images = real_pictures(prompts, generator)
+        return torch.cat([vae.decode(vae.encode(x)).clamp(-1, 1) for x in images.split(64)])
+
+    return generate
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown: one row a generator, as means over seeds with half the distance between the extremes."""
+
+    def cell(row: dict, field: str) -> str:
+        if field not in row:
+            return ""
+        around = spread(row, field)
+        return f"{row[field]:.3g}" + (f" ±{around:.2g}" if around else "")
+
     some = next(iter(rows.values()))
-    print(f"\n{'n = ' + str(some['n']):<20}" + "".join(f"{c:>11}" for c in COLUMNS))
+    count = len(some.get("seeds", [0]))
+    lines = [f"| n = {some['n']}" + (f", {count} seeds" if count > 1 else "") + " | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
     for name, row in rows.items():
-        print(f"{name:<20}" + "".join(f"{row.get(key, math.nan):>11.3f}" for key in COLUMNS.values()))
-    real = {k: 1.0 for k in COLUMNS.values()} | {"frechet": some["frechet_floor"], "clean": 0.95, "short_clean": 0.95}
-    print(f"{'real pictures':<20}" + "".join(f"{real[key]:>11.3f}" for key in COLUMNS.values()))
+        lines.append(f"| {name} | " + " | ".join(cell(row, field) for field in COLUMNS.values()) + " |")
+    return "\n".join(lines)
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    print("\n" + table(rows))

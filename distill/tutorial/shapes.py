@@ -36,7 +36,7 @@ _RADIUS = torch.tensor([8.5, 15.0])  # pixels
 _CENTRE = torch.tensor([(0.0, 0.0), (-12.0, -12.0), (12.0, -12.0), (-12.0, 12.0), (12.0, 12.0)])  # pixels, y down
 
 STYLE = ("dx", "dy", "scale", "rotation", "red", "green", "blue", "back red", "back green", "back blue")
-_STYLE_RANGE = torch.tensor([2.0, 2.0, 0.12, math.radians(14), 0.05, 0.05, 0.05, 0.05, 0.05, 0.05])
+STYLE_RANGE = torch.tensor([2.0, 2.0, 0.12, math.radians(14), 0.05, 0.05, 0.05, 0.05, 0.05, 0.05])
 
 
 # ------------------------------------------------------------------------------------------------- attributes, prompts
@@ -124,22 +124,41 @@ def vocabulary() -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- rendering
 def render(attributes: Tensor, style: Tensor) -> Tensor:
     """Draw pictures. attributes (B, 5) int, style (B, 10) in [-1, 1] -> (B, 3, 64, 64) float in [-1, 1]."""
-    shape, colour, background, size, position = attributes.T
-    dx, dy, scale, rotation = (style * _STYLE_RANGE)[:, :4].T
+    return colour_in(*layers(attributes, style), attributes, style)
+
+
+def layers(attributes: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of its ink and of its paper each pixel shows: two of (B, 1, 64, 64). Colours play no part in it."""
+    shape, _, _, size, position = attributes.T
+    dx, dy, scale, rotation = (style * STYLE_RANGE)[:, :4].T
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     centre = _CENTRE[position] + torch.stack([dx, dy], 1)
     radius = _RADIUS[size] * (1 + scale)
     x = axis[None, None, :] - centre[:, 0, None, None]  # (B, 1, W)
     y = axis[None, :, None] - centre[:, 1, None, None]  # (B, H, 1)
-
-    ink = (_COLOUR[colour] + style[:, 4:7] * _STYLE_RANGE[4:7])[:, :, None, None]
-    paper = (_BACKGROUND[background] + style[:, 7:10] * _STYLE_RANGE[7:10])[:, :, None, None]
-    light = 1 - 0.0015 * axis[None, None, :, None]  # the page is a little brighter at the top
-    ink = ink * (1.02 - 0.006 * (x + y)).clamp(0.85, 1.12)[:, None]  # lit from the top left
+    light = (1.02 - 0.006 * (x + y)).clamp(0.85, 1.12)  # ink is lit from the top left
     shadow = torch.sigmoid(-_distance(x - 1.8, y - 2.2, shape, radius, rotation) / 1.3) * 0.28
-    cover = (0.5 - _distance(x, y, shape, radius, rotation)).clamp(0, 1)[:, None]
-    image = paper * light * (1 - shadow[:, None]) * (1 - cover) + ink * cover
-    return image.clamp(0, 1) * 2 - 1
+    cover = (0.5 - _distance(x, y, shape, radius, rotation)).clamp(0, 1)
+    return (light * cover)[:, None], (_page() * (1 - shadow) * (1 - cover))[:, None]
+
+
+def colour_in(ink: Tensor, paper: Tensor, attributes: Tensor, style: Tensor) -> Tensor:
+    """Layers to pictures, (B, 3, 64, 64) in [-1, 1]."""
+    tints = style * STYLE_RANGE
+    of_ink = (_COLOUR[attributes[:, 1]] + tints[:, 4:7])[:, :, None, None]
+    of_paper = (_BACKGROUND[attributes[:, 2]] + tints[:, 7:10])[:, :, None, None]
+    return (of_ink * ink + of_paper * paper).clamp(0, 1) * 2 - 1
+
+
+def backdrop(attributes: Tensor, style: Tensor) -> Tensor:
+    """The pictures that `render` would draw of these, without their shapes. (B, 3, 64, 64) in [-1, 1]."""
+    page = _page().expand(len(style), 1, SIZE, SIZE)
+    return colour_in(torch.zeros(()), page, attributes, style)
+
+
+def _page() -> Tensor:
+    """The page is a little brighter at the top. (64, 1)."""
+    return 1 - 0.0015 * (torch.arange(SIZE) - (SIZE - 1) / 2)[:, None]
 
 
 def _distance(x: Tensor, y: Tensor, shape: Tensor, radius: Tensor, rotation: Tensor) -> Tensor:
