@@ -15,7 +15,7 @@ from distill.backbones.base import to_pil
 from distill.file.metadata import read_metadata
 from distill.tutorial import shapes
 from distill.tutorial.bundled import bundled
-from distill.tutorial.metrics import COLUMNS, Judge, evaluate
+from distill.tutorial.rows import table
 
 
 def sheet(path: Path, columns: int = 12, rows: int = 3, scale: int = 2) -> None:
@@ -34,34 +34,13 @@ def sheet(path: Path, columns: int = 12, rows: int = 3, scale: int = 2) -> None:
     out.resize((out.width * scale, out.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-def table() -> str:
-    """Markdown, from the figures in the files' metadata (`python -m distill.tutorial.build measure` made them)."""
-    rows = {}
-    for name in ("teacher", "student"):
-        for steps, report in read_metadata(bundled(name)).metrics.items():
-            rows[f"{name}, {steps}"] = report
-    some = next(iter(rows.values()))
-    rows["real pictures"] = real(some["n"])
-    lines = [f"| n = {some['n']} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, report in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{report[key]:.3g}" for key in COLUMNS.values()) + " |")
-    return "\n".join(lines)
-
-
-def real(n: int) -> dict:
-    """The same figures for renders of the prompts."""
-
-    def generate(prompts: list[str], g: torch.Generator) -> torch.Tensor:
-        rows = shapes.sample_attributes(len(prompts), g)
-        for row, text in zip(rows, prompts):
-            for name, value in shapes.parse(text).items():
-                row[shapes.NAMES.index(name)] = shapes.ATTRIBUTES[name].index(value)
-        return shapes.render(rows, shapes.sample_style(len(rows), g))
-
-    return evaluate(generate, Judge.load(), n).to_dict()
+def figures() -> str:
+    """The README's table, from the files' metadata (`python -m distill.tutorial.build measure` made them)."""
+    metas = {name: read_metadata(bundled(name)).metrics for name in ("student", "teacher")}
+    return table({f"{name}, {row}": report for name, rows in metas.items() for row, report in rows.items()})
 
 
 if __name__ == "__main__":
     docs = Path(__file__).parent.parent / "docs"
     sheet(docs / "samples.png")
-    print(table())
+    print(figures())

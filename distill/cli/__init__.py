@@ -12,8 +12,9 @@ import tyro
 
 from ..quantize.run import Quantize
 from ..tutorial.bundled import find
-from . import demo, train
+from . import demo, eval, train
 from .demo import Demo
+from .eval import Eval
 from .train import Train
 
 
@@ -34,22 +35,6 @@ class Sample:
     """A teacher's guidance; a student has it baked in. Default: what the file recommends."""
     scale: int = 4
     """Enlarge by this, pixel by pixel."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure a OneStep file in the tutorial world: accuracy, Frechet distance, diversity, entropy, cleanness."""
-
-    model: str = "student"
-    """A OneStep safetensors file, or the bundled student or teacher."""
-    n: int = 1024
-    """Pictures behind accuracy and the Frechet distance. Compare only figures of equal n."""
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 1234
-    out: Path | None = None
-    """Also write the figures to this JSON file."""
     device: str = "auto"
 
 
@@ -93,22 +78,6 @@ def sample(o: Sample) -> None:
     o.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.resize((sheet.width * o.scale, sheet.height * o.scale), Image.Resampling.NEAREST).save(o.out)
     print(o.out)
-
-
-def eval_(o: Eval) -> None:
-    from ..backbones import load
-    from ..tutorial.metrics import Judge, evaluate
-    from .console import pick_device, print_table
-
-    model, judge = load(find(o.model), pick_device(o.device)), Judge.load()
-
-    def generate(prompts, generator):
-        return model.sample(prompts, generator, steps=o.steps, guidance=o.guidance).cpu()
-
-    report = evaluate(generate, judge, o.n, o.seed).to_dict()
-    print_table({model.name: report})
-    if o.out:
-        o.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def quantize(o: QuantizeFile) -> None:
@@ -173,7 +142,7 @@ def main() -> None:
         Demo: demo.run,
         Train: train.run,
         Sample: sample,
-        Eval: eval_,
+        Eval: eval.run,
         QuantizeFile: quantize,
         Info: info,
     }

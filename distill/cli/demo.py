@@ -76,7 +76,8 @@ def finish(o: Demo, teacher, about: dict) -> dict:
     """Measure the student, draw the comparison, write report.json and workflow.json, print the table."""
     from ..backbones import load
     from ..tutorial.demo import compare, write_workflow
-    from ..tutorial.metrics import Judge, evaluate, print_table
+    from ..tutorial.metrics import Judge, evaluate
+    from ..tutorial.rows import print_table
 
     file = o.out / "student.safetensors"
     student = load(file, teacher.device)

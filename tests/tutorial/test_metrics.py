@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.tutorial import metrics, shapes
+from distill.tutorial import metrics, rows, shapes
 from distill.tutorial.nearest import nearest_render
 
 
@@ -53,7 +53,7 @@ def few_groups(monkeypatch):
 
 def world(change=lambda images: images):
     """A generator that draws real pictures of the prompts, changed somehow."""
-    return lambda prompts, g: change(metrics.real_pictures(prompts, g))
+    return lambda prompts, g: change(rows.real_pictures(prompts, g))
 
 
 def test_bundled_judge_reads_fresh_renders(judge):
@@ -75,7 +75,7 @@ def test_nearest_render_finds_the_style_that_was_drawn(judge):
 
 def test_grey_and_blends_of_pictures_show_nothing(judge):
     g = generator(2)
-    images = metrics.real_pictures(shapes.sample_prompts(64, g), g)
+    images = rows.real_pictures(shapes.sample_prompts(64, g), g)
     grey = torch.rand(64, 3, 1, 1, generator=g).expand_as(images) - 0.5
     for mush, share in ((grey, 0.95), ((images + images.roll(1, 0)) / 2, 0.6), (images + 0.3, 0.3)):
         reading = judge.read(mush)
@@ -125,7 +125,7 @@ def test_seeds_give_a_mean_and_a_spread(judge, few_groups):
     low, high = sorted(report["each"]["frechet"])
     assert report["frechet"] == pytest.approx((low + high) / 2, abs=1e-3) and report["n"] == 32
     assert metrics.spread(report, "frechet") == pytest.approx((high - low) / 2, abs=1e-6)
-    assert f"{report['frechet']:.3g} ±" in metrics.table({"real": report})
+    assert f"{report['frechet']:.3g} ±" in rows.table({"real": report})
 
 
 def test_missing_judge_says_how_to_make_it(tmp_path):

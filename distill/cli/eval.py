@@ -1,0 +1,58 @@
+"""`distill eval`: what a model of the tutorial world is worth, beside its teacher, its law and real pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model of the tutorial world: accuracy, Frechet distance, style, entropy, what is left over, cleanness.
+
+    The rows of the bundled teacher come from its file, the others are measured.
+    """
+
+    model: str = "student"
+    """A OneStep safetensors file, or the bundled student or teacher."""
+    n: int = 1024
+    """Pictures behind accuracy and the Frechet distance. Compare only figures of equal n."""
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 1234
+    """The first seed."""
+    seeds: int = 3
+    """How many seeds; the table shows their mean and half the distance between the extremes."""
+    out: Path | None = None
+    """Also write the figures to this JSON file."""
+    device: str = "auto"
+
+
+def run(o: Eval) -> dict[str, dict]:
+    """Measure, print the table, return its rows. Raises CheckpointError for a file that is none of ours."""
+    from ..backbones import load
+    from ..file.metadata import read_metadata
+    from ..tutorial.bundled import bundled, find
+    from ..tutorial.metrics import Judge, evaluate_seeds
+    from ..tutorial.rows import floors, print_table
+    from .console import pick_device
+
+    model, judge = load(find(o.model), pick_device(o.device)), Judge.load()
+
+    def generate(prompts, generator):
+        return model.sample(prompts, generator, steps=o.steps, guidance=o.guidance).cpu()
+
+    how = {"n": o.n, "seeds": o.seeds, "first": o.seed}
+    rows = {f"{model.name}, {steps_of(o.steps or model.meta.steps)}": evaluate_seeds(generate, judge, **how)}
+    if model.meta.teacher == bundled("teacher").name:
+        rows |= {f"teacher, {name}": row for name, row in read_metadata(bundled("teacher")).metrics.items()}
+    rows |= floors(model, judge, **how)
+    print_table(rows)
+    if o.out:
+        o.out.write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+def steps_of(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
