@@ -108,7 +108,7 @@ def test_commands_parse(page, monkeypatch, capsys):
         with pytest.raises((Parsed, SystemExit)) as stopped:
             main()
         understood = stopped.type is Parsed or stopped.value.code == 0
-        assert understood, f"{name(page)}: {line}: {stopped.value}\n{capsys.readouterr()}"
+        assert understood, f"{name(page)}: {line}: {stopped.value} {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
