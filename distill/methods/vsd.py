@@ -113,6 +113,8 @@ class VSD(Method):
         weak: Denoiser | None = None,
     ):
         self.options, self.student, self.coach, self.null, self.weak = options, student, coach, null, weak
+        if options.autoguidance != 1 and weak is None:
+            raise ValueError(f"autoguidance {options.autoguidance} needs a weaker teacher; pass one, or 1 for none")
         self.teacher = coach.teacher
         self.schedule = self.teacher.schedule
         self.times = times or uniform(options.t_min, options.t_max)

@@ -130,19 +130,23 @@ class Run:
         """Go on from the newest checkpoint in the folder, or see that there is none to be overwritten."""
         found = store.load(folder) if resume else None
         if found is not None:
-            self.compare(found[1], folder)
+            self.recognise(found[1], folder)
             self.load(*found[:2])
+            self.tell(found[1])
         elif not resume and store.checkpoints(folder):
             raise FileExistsError(f"{folder} holds a run already: resume it, or name another folder")
 
-    def compare(self, state: dict, folder: Path) -> None:
-        """Raise ValueError where the saved run is about something else; tell which options are new."""
+    def recognise(self, state: dict, folder: Path) -> None:
+        """Raise ValueError where the saved run is about something else."""
         saved = state.get("identity", {})
         for name in sorted(saved.keys() | self.identity.keys()):
             before, now = saved.get(name), self.identity.get(name)
             if before != now:
                 cure = f"resume it with {name} {before!r}, or name another folder"
                 raise ValueError(f"{folder} holds a run with {name} {before!r}, not {now!r}: {cure}")
+
+    def tell(self, state: dict) -> None:
+        """Log which options are not those of the saved run."""
         for name, now in json.loads(json.dumps(asdict(self.options) | self.method_options)).items():
             before = state["options"].get(name, now)
             if before != now:

@@ -48,6 +48,44 @@ def test_samples_that_fly_apart_stop_it():
         run("copy", options=replace(TINY, max_spread=0.01))
 
 
+def test_weights_that_exploded_never_enter_the_average(tmp_path):
+    """A step that is finite itself destroys the student; what a resumed run had stays what it was."""
+    run("copy", tmp_path, stop=6)
+    good = contents(tmp_path)[0]
+    with pytest.raises(Diverged):
+        run("copy", tmp_path, replace(TINY, save_every=1), resume=True, lr=1e12)
+    bad = contents(tmp_path)[0]
+    assert all(torch.equal(bad[k], good[k]) for k in good if k.startswith("student_average"))
+    method = build("regression", lr=1e4)
+    start = copy.deepcopy(method.student.module.mlp.state_dict())
+    with pytest.raises(Diverged):
+        for step in train(method, batches, TINY):
+            average = step.ema
+            assert method.student.module.mlp.layers[0].weight.abs().max() > 100  # it has exploded already
+    assert all(torch.equal(v, start[k]) for k, v in average.mlp.state_dict().items())
+
+
+def test_a_method_without_a_coach_is_not_told_to_mind_its_coach():
+    with pytest.raises(Diverged, match="Likely cure: lower lr[.]"):
+        run("regression", options=replace(TINY, max_spread=1e-4))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"steps": 0}, "steps is 0: 1 or more"),
+        ({"steps": -5}, "steps is -5: 1 or more"),
+        ({"steps": None}, "give steps or minutes"),
+        ({"minutes": 0}, "minutes is 0: above 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"ema": 1.0}, "ema is 1.0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        TrainOptions(**wrong)
+
+
 # -------------------------------------------------------------------------------------------------- what a step does
 
 
@@ -116,6 +154,20 @@ def test_ema_is_the_warmed_up_average():
         for e, p in zip(expected, step.ema.parameters()):
             torch.testing.assert_close(e, p)
     assert not step.ema.training and not any(p.requires_grad for p in step.ema.parameters())
+
+
+def test_buffers_follow_and_no_average_costs_no_memory():
+    class Counting(Net):
+        def forward(self, x, index, cond):
+            self.calls += 1
+            return super().forward(x, index, cond)
+
+    method = build("regression")
+    method.student.module.__class__ = Counting
+    *_, last = train(method, batches, TINY)
+    assert 0 < last.ema.calls <= last.student.calls
+    *_, last = train(build("regression"), batches, replace(TINY, ema=None))
+    assert last.ema is last.student
 
 
 def test_a_time_budget_ends_the_run_and_drives_the_rate():

@@ -77,7 +77,67 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert run("sds", tmp_path, replace(TINY, steps=14), resume=True).step == 14
 
 
+def rows(out):
+    lines = (out / "log.csv").read_text().splitlines()
+    clock = lines[0].split(",").index("seconds")
+    return [[v for i, v in enumerate(line.split(",")) if i != clock] for line in lines]
+
+
+@pytest.mark.parametrize("stop", [4, 5, 7])
+def test_the_log_of_a_resumed_run_is_that_of_the_unbroken_one(tmp_path, stop):
+    run("copy", tmp_path / "straight")
+    run("copy", tmp_path / "halted", stop=stop)
+    run("copy", tmp_path / "halted", resume=True)
+    assert rows(tmp_path / "straight") == rows(tmp_path / "halted")
+
+
+def test_the_same_seed_gives_the_same_coach():
+    a, b, other = (build("lora", seed=s).coach.state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], other[k]) for k in a)
+
+
+def test_a_run_about_something_else_is_not_gone_on_with(tmp_path, caplog):
+    def go(kind, identity, resume=True, options=TINY, **changes):
+        return list(train(build(kind, **changes), batches, options, tmp_path, resume, identity=identity))
+
+    go("lora", {"teacher": "a"}, resume=False)
+    with pytest.raises(ValueError, match="holds a run with method 'VSD', not 'SDS'"):
+        go("sds", {"teacher": "a"})
+    with pytest.raises(ValueError, match="holds a run with teacher 'a', not 'b': resume it with teacher 'a'"):
+        go("lora", {"teacher": "b"})
+    with pytest.raises(ValueError, match="the saved coach does not fit"):
+        go("lora", {"teacher": "a"}, rank=2)
+    assert not caplog.records
+    longer = go("lora", {"teacher": "a"}, options=replace(TINY, steps=14), guidance=2.0)
+    assert longer[-1].step == 14
+    assert "resumed with steps 14; it was 12" in caplog.text and "resumed with guidance 2.0; it was 1.0" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------- stopping, in every way
+
+
+def test_sigterm_is_ctrl_c_where_the_program_says_so(tmp_path):
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    method, seen = build("copy"), []
+    loss = method.coach_loss
+
+    def terminated(batch, generator):
+        if len(seen) == 6 and len(seen) not in pressed:
+            pressed.append(len(seen))
+            signal.raise_signal(signal.SIGTERM)
+        return loss(batch, generator)
+
+    method.coach_loss, pressed = terminated, []
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for step in train(method, batches, TINY, tmp_path):
+                seen.append(step.step)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert contents(tmp_path)[2] == "step-00000007.safetensors"
 
 
 def test_ctrl_c_waits_for_the_step_and_saves(tmp_path):
