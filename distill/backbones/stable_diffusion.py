@@ -6,7 +6,8 @@ Diffusers and transformers are imported when a model is opened.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,11 @@ class StableDiffusion(Backbone):
         from diffusers import StableDiffusionPipeline
 
         try:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                path, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
-                torch_dtype=dtype, use_safetensors=True, local_files_only=True,
-            )  # fmt: skip
+            with quiet():
+                pipe = StableDiffusionPipeline.from_pretrained(
+                    path, safety_checker=None, feature_extractor=None, image_encoder=None,
+                    requires_safety_checker=False, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
+                )  # fmt: skip
         except (OSError, ValueError, KeyError) as e:
             raise CheckpointError(f"{path}: diffusers cannot open it: {e}") from e
         parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
@@ -93,6 +95,22 @@ class StableDiffusion(Backbone):
             license="see the teacher's",
         ).meta  # fmt: skip
         return cls({k: m.to(device) for k, m in parts.items()}, pipe.tokenizer, meta, Path(path).name, device)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of diffusers' and transformers' own inside."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    shown = [library for library in (diffusers, transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def empty(part: str, meta: Metadata) -> nn.Module:

@@ -1,154 +1,105 @@
-"""The command line: distill demo | train | sample | eval | quantize | info."""
+"""The command line: one file for each subcommand, with its options as a dataclass and a `run` that takes them."""
 
 from __future__ import annotations
 
-import json
-import logging
+import os
+import signal
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
-import tyro
+from .. import __version__
 
-from ..quantize.run import Quantize
-from ..tutorial.bundled import find
-from . import demo, eval, train
-from .demo import Demo
-from .eval import Eval
-from .train import Train
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Make pictures from prompts with a OneStep file."""
-
-    prompts: tyro.conf.Positional[list[str]]
-    """What to draw; quote each prompt."""
-    model: str = "student"
-    """A OneStep safetensors file, or the bundled student or teacher."""
-    out: Path = Path("samples.png")
-    """One PNG; the pictures stand side by side."""
-    seed: int = 0
-    steps: int | None = None
-    """Default: what the file recommends."""
-    guidance: float | None = None
-    """A teacher's guidance; a student has it baked in. Default: what the file recommends."""
-    scale: int = 4
-    """Enlarge by this, pixel by pixel."""
-    device: str = "auto"
+COMMANDS = {
+    "demo": ("Demo", "train a one-step student of the bundled teacher in five minutes, and compare the two"),
+    "train": ("Train", "train a one-step student of a teacher of yours, by one of several methods"),
+    "sample": ("Sample", "make pictures from prompts"),
+    "eval": ("Eval", "measure a model of the tutorial world"),
+    "quantize": ("QuantizeFile", "make a 4-bit file of a model"),
+    "info": ("Info", "show what a file says about itself"),
+}
+"""Subcommand, which is its module here, -> its options' class and what it does."""
 
 
-@dataclass(frozen=True)
-class QuantizeFile:
-    """Make a 4-bit file of a model: U-Net or transformer, convolutions included; text encoders too."""
-
-    source: tyro.conf.Positional[str]
-    """A safetensors file (OneStep, diffusion model, full checkpoint, text encoder), a diffusers folder or one of its
-    parts, or the bundled student or teacher."""
-    out: tyro.conf.Positional[Path]
-    """The safetensors file to write."""
-    options: tyro.conf.OmitArgPrefixes[Quantize] = field(default_factory=Quantize)
-    report: Path | None = None
-    """Also write the whole report, layer by layer, to this JSON file."""
+def usage() -> str:
+    lines = ["usage: distill COMMAND [options]; distill COMMAND --help tells them", ""]
+    lines += [f"  {name:<9} {does}" for name, (_, does) in COMMANDS.items()]
+    return "\n".join([*lines, "", "  --version, --help"])
 
 
-@dataclass(frozen=True)
-class Info:
-    """Show what a OneStep file says about itself."""
-
-    model: tyro.conf.Positional[str] = "student"
-    """A OneStep safetensors file, or the bundled student or teacher."""
-
-
-def sample(o: Sample) -> None:
-    import torch
-    from PIL import Image
-
-    from ..backbones import load
-    from ..backbones.base import to_pil
-    from .console import pick_device
-
-    model = load(find(o.model), pick_device(o.device))
-    how = {"steps": o.steps, "guidance": o.guidance}
-    images = to_pil(model.sample(o.prompts, torch.Generator().manual_seed(o.seed), **how))
-    width, height = images[0].size
-    sheet = Image.new("RGB", (width * len(images), height))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i * width, 0))
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width * o.scale, sheet.height * o.scale), Image.Resampling.NEAREST).save(o.out)
-    print(o.out)
-
-
-def quantize(o: QuantizeFile) -> None:
-    from tqdm import tqdm
-
-    from ..quantize.run import quantize_file
-
-    logging.basicConfig(format="%(message)s")
-    bars: dict[str, tqdm] = {}
-
-    def show(done: int, total: int, what: str) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[what] = tqdm(total=total, desc=what)
-        bars[what].update(done - bars[what].n)
-
+def parse(words: Sequence[str]) -> tuple[Callable[[Any], Any], Any]:
+    """The words behind `distill` -> a command's `run` and its options. Raises SystemExit where they are help or wrong,
+    ValueError for an option that cannot be."""
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0)
+    if words[0] == "--version":
+        print(f"distill {__version__}")
+        raise SystemExit(0)
+    name, *rest = words
+    if name not in COMMANDS:
+        raise ValueError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
     try:
-        report = quantize_file(find(o.source), o.out, o.options, progress=show)
-    except ImportError as error:  # a format's own package
-        raise ValueError(error) from None
-    finally:
-        for bar in bars.values():
-            bar.close()
-    print(report.table())
-    if o.report:
-        report.save(o.report)
+        import tyro
+        from tyro import _settings  # its one switch for colours
+    except ImportError:
+        raise ValueError("the command line needs more packages: pip install 'onestep[distill]'") from None
+    if os.environ.get("NO_COLOR"):
+        _settings._experimental_options["ansi_codes"] = False
+    module = import_module(f".{name}", __name__)
+    options = getattr(module, COMMANDS[name][0])
+    return module.run, tyro.cli(options, prog=f"distill {name}", args=rest, description=options.__doc__)
 
 
-def info(o: Info) -> None:
-    from ..file.metadata import read_metadata
-    from ..header import read_header
-
-    path = find(o.model)
-    meta = read_metadata(path)
-    tensors = {k: v for k, v in read_header(path).items() if k != "__metadata__"}
-    numbers = sum(_product(v["shape"]) for v in tensors.values())
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(tensors)} tensors, {numbers / 1e6:.2f} M numbers")
-    shown = ("method", "teacher", "prediction", "t_in", "steps", "guidance", "schedule", "latent", "metrics", "config")
-    if meta.quantization:
-        shown = (*shown, "quantization")
-    for name in (*shown, "license"):
-        value = getattr(meta, name)
-        print(f"{name:>12}  {value if isinstance(value, str) else json.dumps(value)}")
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is: what runs saves and ends."""
 
 
-def _product(shape: list[int]) -> int:
-    n = 1
-    for side in shape:
-        n *= side
-    return n
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
 
 
-def main() -> None:
-    """Run one command; what a user can mend is told in one line, without a traceback."""
-    from ..header import CheckpointError
-    from ..training.loop import Diverged
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command. What a user can mend is told in one line, without a traceback.
 
-    commands = {"demo": Demo, "train": Train, "sample": Sample, "eval": Eval, "quantize": QuantizeFile, "info": Info}
-    o = tyro.extras.subcommand_cli_from_dict(commands, prog="distill", description=__doc__)
-    actions = {
-        Demo: demo.run,
-        Train: train.run,
-        Sample: sample,
-        Eval: eval.run,
-        QuantizeFile: quantize,
-        Info: info,
-    }
+    Returns the exit code: 0, 1 for a run that failed, 2 for arguments, files and data that cannot be, 130 for Ctrl-C,
+    143 for SIGTERM. `--help` and what tyro refuses leave by SystemExit.
+    """
     try:
-        actions[type(o)](o)
+        old = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not in the main thread: the program around has its own
+        old = None
+    try:
+        run, options = parse(sys.argv[1:] if words is None else words)
+        run(options)
+        sys.stdout.flush()
+        return 0
+    except Terminated:
+        return 143
     except KeyboardInterrupt:
-        sys.exit(130)
-    except (CheckpointError, Diverged, FileExistsError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"distill: {error}")
+        return 130
+    except BrokenPipeError:  # `distill info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        return _failed(error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "Diverged":
+            raise
+        return _failed(error, 1)
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
+
+
+def _failed(error: Exception, code: int) -> int:
+    if isinstance(error, ImportError) and error.name in ("distill", None):
+        raise error  # ours, not a missing package
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'writing'}: {error.strerror.lower()}"
+    if isinstance(error, ImportError):
+        text = f"{error}: pip install 'onestep[distill]'" if "pip install" not in text else text
+    print(f"distill: {text}", file=sys.stderr)
+    return code

@@ -1,42 +1,99 @@
-"""What the commands share: devices, bars, tables."""
+"""What the commands share: devices, bars, outputs that exist."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def pick_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
+    """ "auto" takes a GPU where there is one. Raises ValueError for a device that this machine does not have."""
+    import torch
+
+    there = ["cpu"]
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        there.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if name == "auto":
+        return torch.device(there[0])
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} is not there; this machine has {', '.join(there)}") from None
+    return device
 
 
-SHOWN = ("pairs", "student_loss", "coach_loss", "rel_gap", "coach_ratio", "x_std")
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise FileExistsError for an output that took time to make, unless it may be overwritten."""
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists: add --force to overwrite it, or name another file")
+
+
+def is_main_process() -> bool:
+    """False in all but the first process that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+SHOWN = ("student_loss", "coach_loss", "rel_gap", "coach_ratio", "x_std")
 
 
 @contextmanager
 def bars() -> Iterator[Callable[..., None]]:
-    """told(what, share, **readouts) -> one bar for each `what`, so that its time left is that stage's."""
-    from tqdm import tqdm
-
-    open_: dict[str, tqdm] = {}
-
-    def told(what: str, share: float, **readouts: float) -> None:
-        if what not in open_:
-            for bar in open_.values():
-                bar.close()
-            layout = "{desc:<14}{percentage:3.0f}%|{bar:24}| {elapsed} left {remaining}{postfix}"
-            open_[what] = tqdm(total=1.0, desc=what, bar_format=layout, mininterval=0.5)
-        open_[what].set_postfix({k: f"{readouts[k]:.4g}" for k in SHOWN if k in readouts}, refresh=False)
-        open_[what].update(min(1.0, share) - open_[what].n)
-
+    """told(what, share, **readouts): a bar for each `what`, so that its time left is that stage's. Where the output is
+    no terminal, a line every tenth; in processes that are not the first, nothing."""
+    if not is_main_process():
+        yield lambda what, share, **readouts: None
+        return
+    show = _Bars() if sys.stderr.isatty() else _Lines()
     try:
-        yield told
+        yield show
     finally:
-        for bar in open_.values():
-            bar.close()
+        show.close()
+
+
+def _chosen(readouts: dict[str, float]) -> dict[str, str]:
+    return {k: f"{readouts[k]:.4g}" for k in SHOWN if k in readouts}
+
+
+class _Bars:
+    def __init__(self) -> None:
+        self.what, self.bar = "", None
+
+    def __call__(self, what: str, share: float, **readouts: float) -> None:
+        from tqdm import tqdm
+
+        if what != self.what:
+            self.close()
+            layout = "{desc:<14}{percentage:3.0f}%|{bar:24}| {elapsed} left {remaining}{postfix}"
+            self.what, self.bar = what, tqdm(total=1.0, desc=what, bar_format=layout, mininterval=0.5)
+        self.bar.set_postfix(_chosen(readouts), refresh=False)
+        self.bar.update(min(1.0, share) - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.what, self.tenths = "", 0
+
+    def __call__(self, what: str, share: float, **readouts: float) -> None:
+        if what != self.what:
+            self.what, self.tenths = what, 0
+        if int(10 * share) > self.tenths:
+            self.tenths = int(10 * share)
+            words = [f"{what}: {10 * self.tenths} %", *(f"{k} {v}" for k, v in _chosen(readouts).items())]
+            print(", ".join(words), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Lines need none."""

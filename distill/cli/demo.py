@@ -31,7 +31,7 @@ class Demo:
 
 
 def run(o: Demo) -> dict:
-    """Run the demo and return what report.json holds. Raises FileExistsError for a folder that holds a run already."""
+    """Run the demo and return what report.json holds. Raises ValueError for a folder that holds a run already."""
     from ..backbones import load
     from ..backbones.base import weaker
     from ..checks import need
@@ -43,7 +43,7 @@ def run(o: Demo) -> dict:
     need(o.minutes > 0, "minutes", o.minutes, "above 0")
     file = o.out / "student.safetensors"
     if file.exists() and not o.resume:
-        raise FileExistsError(f"{o.out} holds a run already: add --resume to go on with it, or name another folder")
+        raise ValueError(f"{o.out} holds a run already: add --resume to go on with it, or name another folder")
     teacher = load(o.teacher or bundled("teacher"), pick_device(o.device))
     need(speaks(teacher), "teacher", teacher.name, "not of the tutorial world; use `distill train` for it")
     weak = None

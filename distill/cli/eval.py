@@ -30,15 +30,25 @@ class Eval:
 
 
 def run(o: Eval) -> dict[str, dict]:
-    """Measure, print the table, return its rows. Raises CheckpointError for a file that is none of ours."""
+    """Measure, print the table, return its rows. Raises CheckpointError for a file that is none of ours, ValueError for
+    a model of another world."""
+    from ..checks import need
+
+    need(o.n >= 16, "n", o.n, "16 or more")
+    need(o.seeds >= 1, "seeds", o.seeds, "1 or more")
+    need(o.steps is None or o.steps >= 1, "steps", o.steps, "1 or more")
     from ..backbones import load
     from ..file.metadata import read_metadata
     from ..tutorial.bundled import bundled, find
     from ..tutorial.metrics import Judge, evaluate_seeds
+    from ..tutorial.prompts import speaks
     from ..tutorial.rows import floors, print_table
     from .console import pick_device
 
     model, judge = load(find(o.model), pick_device(o.device)), Judge.load()
+    need(speaks(model), "model", model.name, "not of the tutorial world, whose judge cannot read its pictures")
+    baked = o.guidance is not None and model.meta.guidance.get("baked")
+    need(not baked, "guidance", o.guidance, f"{model.name} is a student, its guidance is in its weights")
 
     def generate(prompts, generator):
         return model.sample(prompts, generator, steps=o.steps, guidance=o.guidance).cpu()

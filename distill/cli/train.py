@@ -32,6 +32,8 @@ class Run:
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
     resume: bool = False
     """Go on with the run in `out`."""
+    force: bool = False
+    """Overwrite a student that is in `out` without its run."""
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
@@ -69,12 +71,12 @@ def train(o: Run) -> Path:
     from ..training.students import train_student
     from ..tutorial.bundled import find
     from ..tutorial.prompts import shape_batches, speaks
-    from .console import bars, pick_device
+    from .console import bars, is_main_process, pick_device
 
     need(o.batch_size >= 1, "batch-size", o.batch_size, "1 or more")
     file = o.out / "student.safetensors"
-    if file.exists() and not o.resume:
-        raise FileExistsError(f"{file} exists: add --resume to go on with that run, or name another folder")
+    if file.exists() and not o.resume and not o.force:
+        raise ValueError(f"{file} exists: add --resume to go on with that run, or name another folder")
     prompts = read_prompts(o.prompts) if o.prompts else None
     teacher = load(find(o.teacher), pick_device(o.device))
     teacher.time(o.t_in)
@@ -109,7 +111,7 @@ def train(o: Run) -> Path:
         print(f"\nStopped: {left}; the same command with --resume goes on.")
         raise
     finally:
-        if step is not None:
+        if step is not None and is_main_process():
             teacher.save_student(file, step.ema, **about)
     print(file)
     return file
@@ -131,6 +133,6 @@ def plain(o: Run) -> dict[str, Any]:
             found |= asdict(value)
         elif f.name in ("teacher", "weak", "init", "prompts"):
             found[f.name] = Path(value).name if value else None
-        elif f.name not in ("out", "device", "resume"):
+        elif f.name not in ("out", "device", "resume", "force"):
             found[f.name] = value
     return found

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def train(
         if run.progress() == 1:
             yield run.report()
         while run.progress() < 1:
-            with undivided():
+            with undivided() as let_through:
                 between = False
                 run.logs = _iteration(run, method, batches, accelerator, device)
                 run.step += 1
@@ -105,7 +105,10 @@ def train(
                     write(run.step, row)
                 if keep and (run.step % options.save_every == 0 or run.progress() == 1):
                     run.save(folder)
-            yield run.report(row)
+            try:
+                yield run.report(row)
+            finally:
+                let_through()
     except (KeyboardInterrupt, GeneratorExit):
         if keep and between:  # never half a step: a second Ctrl-C leaves the checkpoint before
             run.save(folder)
@@ -169,10 +172,10 @@ def seeded(device, *numbers: int) -> Generator:
 
 
 @contextmanager
-def undivided() -> Iterator[None]:
-    """Ctrl-C, and SIGTERM where the program handles it, wait for the end of the block; a second one does not."""
+def undivided() -> Iterator[Callable[[], None]]:
+    """Ctrl-C, and SIGTERM where the program handles it, wait until what this gives is called; a second one does not."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     old = {s: h for s in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(s))}
     asked: list[int] = []
@@ -185,12 +188,10 @@ def undivided() -> Iterator[None]:
     for s in old:
         signal.signal(s, wait)
     try:
-        yield
+        yield lambda: old[asked[0]](asked[0], None) if asked else None
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
-    if asked:
-        old[asked[0]](asked[0], None)
 
 
 def _to(tree: Any, device: torch.device) -> Any:

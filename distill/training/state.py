@@ -139,7 +139,7 @@ class Run:
     def recognise(self, state: dict, folder: Path) -> None:
         """Raise ValueError where the saved run is about something else."""
         saved = state.get("identity", {})
-        for name in sorted(saved.keys() | self.identity.keys()):
+        for name in {**self.identity, **saved}:
             before, now = saved.get(name), self.identity.get(name)
             if before != now:
                 cure = f"resume it with {name} {before!r}, or name another folder"

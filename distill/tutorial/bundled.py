@@ -21,5 +21,10 @@ def bundled(name: str) -> Path:
 
 
 def find(model: str | Path) -> Path:
-    """The path of a bundled model by its name, or the path as it is."""
-    return bundled(str(model)) if str(model) in ("student", "teacher", "weak") else Path(model)
+    """The path of a bundled model by its name, or the path as it is. Raises CheckpointError where neither is there."""
+    names, path = ("student", "teacher", "weak"), Path(model)
+    if str(model) in names:
+        return bundled(str(model))
+    if not path.exists():
+        raise CheckpointError(f"{model}: no such file. Give a file or folder, or a bundled model: {', '.join(names)}.")
+    return path

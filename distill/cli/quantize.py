@@ -1,0 +1,47 @@
+"""`distill quantize`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from ..quantize.run import Quantize
+
+
+@dataclass(frozen=True)
+class QuantizeFile:
+    """Make a 4-bit file of a model: U-Net or transformer, convolutions included; text encoders too."""
+
+    source: tyro.conf.Positional[str]
+    """A safetensors file (OneStep, diffusion model, full checkpoint, text encoder), a diffusers folder or one of its
+    parts, or the bundled student or teacher."""
+    out: tyro.conf.Positional[Path]
+    """The safetensors file to write."""
+    options: tyro.conf.OmitArgPrefixes[Quantize] = field(default_factory=Quantize)
+    report: Path | None = None
+    """Also write the whole report, layer by layer, to this JSON file."""
+    force: bool = False
+    """Overwrite `out` where it exists."""
+
+
+def run(o: QuantizeFile) -> None:
+    """Quantize, print the report. Raises CheckpointError, QuantError, FileExistsError, ImportError."""
+    from ..quantize.run import quantize_file
+    from ..tutorial.bundled import find
+    from .console import bars, refuse_existing
+
+    source = find(o.source)
+    if o.out.exists() and source.exists() and o.out.samefile(source):
+        raise ValueError(f"{o.out} is the source itself: name another file to write")
+    refuse_existing(o.out, o.force)
+    logging.basicConfig(format="%(message)s")
+    with bars() as told:
+        report = quantize_file(
+            source, o.out, o.options, progress=lambda done, total, what: told(what, done / max(total, 1))
+        )
+    print(report.table())
+    if o.report:
+        report.save(o.report)
