@@ -1,13 +1,13 @@
-"""Makes the bundled models: `python -m distill.tutorial.build [vae text judge teacher student]`, default all.
+"""Makes the bundled models: `python -m distill.tutorial.build [judge features autoencoder ...]`, default all.
 
-Parts are kept in `--work` as they are made, so that each can be made again alone. The minutes are those the bundled
-files were given on two cores of a shared virtual machine.
+Every training keeps its state in `--work`, so that a stopped build goes on where it was, and one of more minutes goes
+on from before its learning rate fell. Minutes are those of one core that the bundled files were given.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,69 +16,66 @@ import torch
 import tyro
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones import load
-from ..backbones.base import Backbone, weaker
+from ..backbones.base import weaker
 from ..backbones.patch import PatchAutoencoder
 from ..file import checkpoint
-from . import autoencoder, demo, text
+from . import autoencoder, demo, features, text
 from . import judge as judges
 from . import teacher as teachers
 from .bundled import ASSETS
-from .metrics import Judge, evaluate
+from .metrics import Judge, evaluate, evaluate_seeds
+from .rows import floors, under_law
 
-PARTS = ("vae", "text", "judge", "teacher", "student", "measure")
+PARTS = ("judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "measure")
+Part = Literal["judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "measure"]
 
 
 @dataclass(frozen=True)
 class Build:
-    parts: tyro.conf.Positional[tuple[Literal["vae", "text", "judge", "teacher", "student", "measure"], ...]] = PARTS
-    """What to make, in this order."""
-    work: Path = Path("runs/tutorial")
-    """Where parts are kept."""
+    parts: tyro.conf.Positional[tuple[Part, ...]] = PARTS
+    """What to make, in this order. decoder: train the autoencoder's decoder on, for the same latents."""
+    work: Path = Path.home() / ".cache/onestep/build"
+    """Where states and parts are kept."""
     assets: Path = ASSETS
     """Where finished files go."""
     minutes: dict[str, float] | None = None
     """Minutes per part, e.g. --minutes teacher 5; default: what the bundled ones took."""
-    pool: int = 60000
+    start: Path | None = None
+    """A teacher file of an earlier build to grow the teacher from: the bundled one was grown from its predecessor."""
+    pool: int = 40192
     """Latents the teacher trains on."""
+    n: int = 1024
+    """Pictures behind the figures of `measure`."""
     seed: int = 0
 
 
-WEAK = 20 / 47  # of the teacher's time: when the checkpoint for autoguidance is kept
-MINUTES = {"vae": 8.0, "text": 1.5, "judge": 6.0, "teacher": 47.0, "polish": 44.0, "student": 20.0}
+WEAK = 0.3  # of the teacher's time: when the checkpoint for autoguidance is kept
+MINUTES = {"judge": 6.0, "features": 6.0, "autoencoder": 28.0, "decoder": 10.0, "text": 1.5, "teacher": 46.0}
+MINUTES |= {"student": 20.0, "measure": 0.0}
 
 
 def run(o: Build) -> None:
     o.work.mkdir(parents=True, exist_ok=True)
-    minutes = MINUTES | (o.minutes or {})
     makers = {
-        "vae": make_vae,
-        "text": make_text,
         "judge": make_judge,
+        "features": make_features,
+        "autoencoder": make_autoencoder,
+        "decoder": make_decoder,
+        "text": make_text,
         "teacher": make_teacher,
         "student": make_student,
         "measure": measure,
     }
     for part in PARTS:
         if part in o.parts:
-            makers[part](o, minutes.get(part, 0.0))
-
-
-def make_vae(o: Build, minutes: float) -> None:
-    trained = autoencoder.train(minutes, o.seed)
-    save_file(
-        autoencoder.polish(trained, (MINUTES | (o.minutes or {}))["polish"]).state_dict(), o.work / "vae.safetensors"
-    )
-
-
-def make_text(o: Build, minutes: float) -> None:
-    save_file(text.train(minutes, o.seed)[0].state_dict(), o.work / "text.safetensors")
+            makers[part](o, (MINUTES | (o.minutes or {}))[part])
 
 
 def make_judge(o: Build, minutes: float) -> None:
-    judge = judges.train(minutes, o.seed)
+    judge = judges.train(minutes, o.seed, o.work)
     accuracy = {k: f"{v:.4f}" for k, v in judges.accuracy(judge).items()}
     print("judge on 4096 fresh renders:", accuracy)
     weights = {k: v.half() for k, v in judge.state_dict().items()}
@@ -86,104 +83,159 @@ def make_judge(o: Build, minutes: float) -> None:
     save_file(weights, o.assets / "judge.safetensors", card)
 
 
-def parts(o: Build) -> tuple[PatchAutoencoder, nn.Module]:
-    autoencoder, encoder = PatchAutoencoder(), text.make_encoder()
-    autoencoder.load_state_dict(load_file(o.work / "vae.safetensors"))
-    encoder.load_state_dict(load_file(o.work / "text.safetensors"))
-    return autoencoder.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
+def make_features(o: Build, minutes: float) -> None:
+    keep(o, "features", features.train(minutes, work=o.work))
+
+
+def make_autoencoder(o: Build, minutes: float) -> None:
+    for made_of_it in ("decoder.safetensors", "pool.safetensors"):
+        (o.work / made_of_it).unlink(missing_ok=True)
+    keep(o, "autoencoder", autoencoder.train(minutes, part(o, "features"), o.seed, o.work))
+
+
+def make_decoder(o: Build, minutes: float) -> None:
+    keep(o, "decoder", autoencoder.polish(part(o, "autoencoder"), minutes, part(o, "features"), o.seed, o.work))
+
+
+def make_text(o: Build, minutes: float) -> None:
+    keep(o, "text", text.train(minutes, o.seed, o.work)[0])
 
 
 def make_teacher(o: Build, minutes: float) -> None:
-    autoencoder, encoder = parts(o)
-    tokenizer = text.make_tokenizer()
-    pool = teachers.latent_pool(autoencoder, o.pool, o.seed)
+    pool = latent_pool(o)
+    conditions = teachers.Conditions(partial(text.encode, part(o, "text"), text.make_tokenizer()))
+    unet = UNet2DConditionModel(**teachers.CONFIG)
+    if o.start is not None:
+        unet = teachers.grow(unet, load(o.start).net)
 
-    def save(unet: nn.Module, passed: float) -> None:
-        weights = {k: v.contiguous() for k, v in unet.state_dict().items()}
-        save_file(weights, o.work / "teacher.safetensors")
-        if passed < 1.01 * WEAK * minutes:
-            save_file(weights, o.work / "weak.safetensors")
+    def every(averages: dict[float, nn.Module], passed: float) -> None:
+        if passed < WEAK * minutes:
+            keep(o, "weak", averages[min(averages)])
 
-    encode = partial(text.encode, encoder, tokenizer)
-    save(teachers.train(pool, encode, minutes, seed=o.seed, every=save, every_minutes=WEAK * minutes / 2), minutes)
-    pack_teacher(o)
-    pack_weak(o)
-
-
-def pack_teacher(o: Build) -> Path:
-    """Write the teacher as one OneStep file, from its parts."""
-    autoencoder, encoder = parts(o)
-    factors, bias = preview(autoencoder)
-    latent = {"channels": 8, "scale": 1.0, "shift": 0.0, "factor": 8, "rgb_factors": factors, "rgb_bias": bias}
-    pipeline = checkpoint.from_modules(
-        saved_unet(o, "teacher"), autoencoder, encoder, text.make_tokenizer(), latent=latent, **CARD,
-        config={"minutes": MINUTES["teacher"], "seed": o.seed},
-    )  # fmt: skip
-    return checkpoint.write(o.assets / "teacher.safetensors", checkpoint.pack(pipeline), torch.float16)
+    averages = teachers.train(pool, conditions, minutes, unet, o.seed, o.work, every=every)
+    found = {}
+    for decay, net in averages.items():
+        keep(o, "teacher", net)
+        model = load(pack_teacher(o, minutes))
+        found[decay] = evaluate(lambda p, g, m=model: m.sample(p, g, steps=12), Judge.load(), n=256).frechet
+        print(f"teacher, average {decay}: Frechet distance {found[decay]:.1f}, n = 256, 12 steps", flush=True)
+    keep(o, "teacher", averages[min(found, key=found.__getitem__)])
+    pack_teacher(o, minutes)
+    pack_weak(o, minutes)
 
 
-def pack_weak(o: Build) -> Path:
-    """Write the teacher's early checkpoint, U-Net alone. A weak net may be coarse: 8-bit floats, 0.026 off."""
-    latent = {"channels": 8, "scale": 1.0, "shift": 0.0, "factor": 8}
-    config = {"minutes": WEAK * MINUTES["teacher"], "seed": o.seed}
-    pipeline = checkpoint.from_modules(saved_unet(o, "weak"), latent=latent, **CARD, config=config)
-    return checkpoint.write(o.assets / "weak.safetensors", checkpoint.pack(pipeline), torch.float8_e4m3fn)
+def latent_pool(o: Build) -> tuple[Tensor, Tensor]:
+    """What the teacher trains on, from the folder if it is there: a minute or two for each 40000."""
+    path = o.work / "pool.safetensors"
+    if not path.exists():
+        attributes, latents = teachers.latent_pool(part(o, "autoencoder"), o.pool, o.seed)
+        save_file({"attributes": attributes, "latents": latents}, path)
+    found = load_file(path)
+    return found["attributes"], found["latents"]
 
 
+def keep(o: Build, name: str, module: nn.Module) -> None:
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, o.work / f"{name}.safetensors")
+
+
+def part(o: Build, name: str) -> nn.Module:
+    """A part that was made before, frozen. Raises FileNotFoundError where it was not."""
+    path = o.work / f"{name}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: make it first, with `python -m distill.tutorial.build {name}`")
+    makers = {
+        "features": features.Features,
+        "autoencoder": lambda: PatchAutoencoder(**autoencoder.CONFIG),
+        "decoder": lambda: PatchAutoencoder(**autoencoder.CONFIG),
+        "text": text.make_encoder,
+        "teacher": lambda: UNet2DConditionModel(**teachers.CONFIG),
+        "weak": lambda: UNet2DConditionModel(**teachers.CONFIG),
+    }
+    module = makers[name]()
+    module.load_state_dict(load_file(path))
+    return module.eval().requires_grad_(False)
+
+
+def latest_autoencoder(o: Build) -> PatchAutoencoder:
+    return part(o, "decoder" if (o.work / "decoder.safetensors").exists() else "autoencoder")
+
+
+LATENT = {"channels": autoencoder.CONFIG["channels"], "scale": 1.0, "shift": 0.0, "factor": 8}
 CARD = {
     "prediction": teachers.PREDICTION,
     "schedule": teachers.SCHEDULE.spec,
     "t_in": 999,
-    "steps": 50,
+    "steps": 20,
     "guidance": {"scale": teachers.GUIDANCE, "baked": False},
 }
 """What the metadata says about calling the teacher and its early checkpoint."""
 
 
-def saved_unet(o: Build, name: str) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(**teachers.CONFIG)
-    unet.load_state_dict(load_file(o.work / f"{name}.safetensors"))
-    return unet
+def pack_teacher(o: Build, minutes: float) -> Path:
+    """Write the teacher as one OneStep file, from its parts."""
+    vae = latest_autoencoder(o)
+    factors, bias = preview(vae)
+    config = {"minutes": minutes, "seed": o.seed, "start": o.start.name if o.start else None}
+    pipeline = checkpoint.from_modules(
+        part(o, "teacher"), vae, part(o, "text"), text.make_tokenizer(),
+        latent=LATENT | {"rgb_factors": factors, "rgb_bias": bias}, **CARD, config=config,
+    )  # fmt: skip
+    return checkpoint.write(o.assets / "teacher.safetensors", checkpoint.pack(pipeline), torch.float16)
+
+
+def pack_weak(o: Build, minutes: float) -> Path:
+    """Write the teacher's early checkpoint, U-Net alone. A weak net may be coarse: 8-bit floats, 0.026 off."""
+    config = {"minutes": WEAK * minutes, "seed": o.seed}
+    pipeline = checkpoint.from_modules(part(o, "weak"), latent=LATENT, **CARD, config=config)
+    return checkpoint.write(o.assets / "weak.safetensors", checkpoint.pack(pipeline), torch.float8_e4m3fn)
 
 
 def make_student(o: Build, minutes: float) -> None:
     """The bundled student is the demo's, given more time."""
-    teacher, weak = o.assets / "teacher.safetensors", o.assets / "weak.safetensors"
-    made = load(teacher)
-    *_, last = demo.stages(made, o.work / "student", minutes=minutes, seed=o.seed, weak=weaker(made, load(weak)))
+    teacher, weak = load(o.assets / "teacher.safetensors"), load(o.assets / "weak.safetensors")
+    how = {"minutes": minutes, "seed": o.seed, "weak": weaker(teacher, weak)}
+    *_, last = demo.stages(teacher, o.work / "student", resume=(o.work / "student").exists(), **how)
     about = {"method": "vsd", "config": demo.LAW | {"minutes": minutes, "seed": o.seed}}
-    made.save_student(o.assets / "student.safetensors", last.ema, **about)
+    teacher.save_student(o.assets / "student.safetensors", last.ema, **about)
 
 
 @torch.no_grad()
 def preview(patch: PatchAutoencoder) -> tuple[list, list]:
     """The linear map from a latent to the mean colour of its patch, by least squares: factors (C, 3) and bias (3,)."""
     images = autoencoder.pictures(256, torch.Generator().manual_seed(5))
-    z = patch.encode(images).permute(0, 2, 3, 1).reshape(-1, 8)
+    z = patch.encode(images).permute(0, 2, 3, 1).reshape(-1, patch.config["channels"])
     colour = nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1).reshape(-1, 3)
     solution = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), colour).solution
     return [[round(v, 5) for v in row] for row in solution[:-1].tolist()], [round(v, 5) for v in solution[-1].tolist()]
 
 
 def measure(o: Build, minutes: float) -> None:
-    """Write each bundled model's own figures into its metadata, by the number of steps."""
+    """Write the figures into the files: the student's own, and the rows that the teacher's stand among."""
     judge = Judge.load(o.assets / "judge.safetensors")
-    for name in ("teacher", "student"):
-        path = o.assets / f"{name}.safetensors"
-        model = load(path)
+    teacher, student = load(o.assets / "teacher.safetensors"), load(o.assets / "student.safetensors")
+    weak = weaker(teacher, load(o.assets / "weak.safetensors"))
+    own = teacher.meta.steps
+    rows = {
+        student: {"1 step": student.sample},
+        teacher: {
+            f"{own} steps": teacher.sample,
+            "the student's law": under_law(teacher, weak, demo.LAW),
+            "1 step": lambda p, g: teacher.sample(p, g, steps=1),
+        },
+    }
+    for model, ways in rows.items():
         metrics = {}
-        for steps in sorted({model.meta.steps, 1}, reverse=True):
-            key = "1 step" if steps == 1 else f"{steps} steps"
-            metrics[key] = evaluate(lambda p, g, m=model, k=steps: m.sample(p, g, steps=k), judge).to_dict()
-            print(name, key, metrics[key], flush=True)
-        store(path, model, metrics)
+        for name, way in ways.items():
+            metrics[name] = evaluate_seeds(way, judge, o.n)
+            print(model.name, name, metrics[name], flush=True)
+            store(o.assets / model.name, metrics)
+    print(floors(teacher, judge, n=o.n))
 
 
-def store(path: Path, model: Backbone, metrics: dict) -> None:
-    model.save_student(
-        path, model.net, metrics=metrics, method=model.meta.method, steps=model.meta.steps,
-        guidance=model.meta.guidance, teacher=model.meta.teacher,
-    )  # fmt: skip
+def store(path: Path, metrics: dict) -> None:
+    """Write a file again with these figures in its metadata, its weights as they are."""
+    held = checkpoint.read(path)
+    checkpoint.write(path, replace(held, meta=replace(held.meta, metrics=metrics)))
 
 
 if __name__ == "__main__":

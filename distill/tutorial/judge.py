@@ -70,7 +70,7 @@ class Judge(nn.Module):
             return dict(file.metadata())
 
 
-def train(minutes: float = 8, seed: int = 0, batch: int = 64) -> Judge:
+def train(minutes: float = 8, seed: int = 0, work: Path | None = None, batch: int = 64) -> Judge:
     torch.manual_seed(seed)  # the initial weights
     judge = Judge()
 
@@ -83,7 +83,7 @@ def train(minutes: float = 8, seed: int = 0, batch: int = 64) -> Judge:
         reading = sum(F.cross_entropy(logit, a) for logit, a in zip(logits, attributes.T))
         return reading + F.mse_loss(guess, style)
 
-    return fit(judge, loss, minutes, lr=2e-3, seed=seed, name="judge")
+    return fit(judge, loss, minutes, 2e-3, seed=seed, name="judge", work=work)[0.999]
 
 
 def accuracy(judge: Judge, n: int = 4096, seed: int = 99) -> dict[str, float]:

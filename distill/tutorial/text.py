@@ -7,6 +7,8 @@ pooled output, and to read "not stated" where the prompt is silent.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -63,7 +65,9 @@ class _Readable(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(128, len(v) + 1) for v in shapes.ATTRIBUTES.values())
 
 
-def train(minutes: float = 2, seed: int = 0, batch: int = 128) -> tuple[CLIPTextModel, PreTrainedTokenizerFast]:
+def train(
+    minutes: float = 2, seed: int = 0, work: Path | None = None, batch: int = 128
+) -> tuple[CLIPTextModel, PreTrainedTokenizerFast]:
     torch.manual_seed(seed)  # the initial weights
     model, tokenizer = _Readable(), make_tokenizer()
 
@@ -76,7 +80,7 @@ def train(minutes: float = 2, seed: int = 0, batch: int = 128) -> tuple[CLIPText
         target = torch.where(stated, attributes, torch.tensor([len(v) for v in shapes.ATTRIBUTES.values()]))
         return sum(F.cross_entropy(h(pooled), t) for h, t in zip(model.heads, target.T))
 
-    return fit(model, loss, minutes, lr=1e-3, seed=seed, name="text").encoder, tokenizer
+    return fit(model, loss, minutes, 1e-3, seed=seed, name="text", work=work)[0.999].encoder, tokenizer
 
 
 @torch.no_grad()
