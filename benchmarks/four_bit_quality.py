@@ -27,7 +27,8 @@ from distill.backbones import load
 from distill.backbones.base import Backbone
 from distill.packed.weight import QuantizedWeight, layers
 from distill.quantize.run import Quantize, quantize_file
-from distill.quantize.stream import Dequantized, rounding_activations
+from distill.quantize.stream import rounding_activations
+from distill.quantize.views import Dequantized
 from distill.tutorial import shapes
 from distill.tutorial.bundled import bundled
 from distill.tutorial.metrics import Judge, all_right, evaluate, frechet
@@ -115,11 +116,11 @@ def dequantized(source: Path, tensors: dict) -> tuple[Backbone, dict[str, Quanti
 
 
 def compared(source: Path, tensors: dict) -> tuple[float, float]:
-    from distill.quantize.models import open_subject
+    from distill.quantize.opening import open_runnable
     from distill.quantize.source import layers_of, open_source
 
     opened, options = open_source(source), Quantize()
-    subject, _ = open_subject(opened, options, ("unet",))
+    subject, _ = open_runnable(opened, options, ("unet",))
     subject.calibrate(list(layers_of(opened, ("unet",), 64)), options, lambda *_: None)
     return subject.compare(tensors)
 

@@ -45,7 +45,8 @@ _FACE = {
     "coach": ["LoraCoach", "CopyCoach"],
     "student": ["Student"],
     "toy": ["Gaussian", "Mixture", "ring"],
-    "quantize.run": ["quantize_file", "Quantize"],
+    "quantize.run": ["quantize_file"],
+    "quantize.options": ["Quantize"],
     "tutorial.metrics": ["Judge", "evaluate"],
     "header": ["CheckpointError"],
 }

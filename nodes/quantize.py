@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -120,15 +121,17 @@ class OneStepQuantize(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, name, method, bits, budget=0.0, text_encoder=False, prompts="") -> io.NodeOutput:
-        from ..distill.quantize.run import Quantize, quantize_file
+        from ..distill.quantize.options import Quantize
+        from ..distill.quantize.run import quantize_file
 
+        started = time.monotonic()
         source, out = locate(file, FOLDERS), target(file, name)
         options = Quantize(method=method, bits=int(bits), budget=budget or None, text_encoder=text_encoder)
         stats, said = statistics(source, options, prompts)
-        report = quantize_file(source, out, options, stats, progress())
+        report = quantize_file(source, out, options, stats, progress(), force=True)  # `target` has its own rule
         MADE.add(out)
         new = out.relative_to(place(folder_of(source))).as_posix()
-        report.calibration, report.out = said, new
+        report.calibration, report.out, report.seconds = said, new, time.monotonic() - started
         text = report.table()
         return io.NodeOutput(new, text, ui=ui.PreviewText(text))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from ..quantize.run import Quantize
+from ..quantize.options import Quantize
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,19 @@ def run(o: QuantizeFile) -> None:
     """Quantize, print the report. Raises CheckpointError, QuantError, FileExistsError, ImportError."""
     from ..quantize.run import quantize_file
     from ..tutorial.bundled import find
+    from ..tutorial.prompts import calibration_prompts
     from .console import bars, refuse_existing
 
     source = find(o.source)
-    if o.out.exists() and source.exists() and o.out.samefile(source):
-        raise ValueError(f"{o.out} is the source itself: name another file to write")
-    refuse_existing(o.out, o.force)
+    if not (o.out.exists() and source.exists() and o.out.samefile(source)):
+        refuse_existing(o.out, o.force)
     logging.basicConfig(format="%(message)s")
     with bars() as told:
-        report = quantize_file(
-            source, o.out, o.options, progress=lambda done, total, what: told(what, done / max(total, 1))
-        )
+
+        def progress(done: int, total: int, what: str) -> None:
+            told(what, done / max(total, 1))
+
+        report = quantize_file(source, o.out, o.options, None, progress, prompts=calibration_prompts, force=o.force)
     print(report.table())
     if o.report:
         report.save(o.report)

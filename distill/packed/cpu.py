@@ -178,6 +178,15 @@ def pieces(images: int, lines: int, cost: int):
             yield slice(b, min(images, b + at_once)), slice(i, min(lines, i + step))
 
 
+def round_images(x: Tensor) -> Tensor:
+    """x (B, C, H, W) as `int8_conv` sees it: each image rounded to its 256 codes, in floats."""
+    low, step = image_grids(x)
+    zero = (low / -step - 128).round_()
+    codes = code_images(x, zero, step, (0, 0, 0, 0)).float()
+    view = (-1, 1, 1, 1)
+    return ((codes - zero.view(view)) * step.view(view)).permute(0, 3, 1, 2)
+
+
 def code_images(x: Tensor, zero: Tensor, step: Tensor, pads: Pads) -> Tensor:
     """x (B, C, H, W) -> (B, H + pads, W + pads, C) int8: round(x / step) + zero, its border the code of 0. Scratch."""
     left, right, top, bottom = pads

@@ -14,6 +14,7 @@ along channels, and the dequantized weight is channels-last for free. Its pre_qu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +75,7 @@ class QuantizedWeight:
     @property
     def in_features(self) -> int:
         """K: columns of the matrix; kh * kw * in for a convolution."""
-        return _product(self.shape[1:])
+        return math.prod(self.shape[1:])
 
     @property
     def group_size(self) -> int:
@@ -91,7 +92,7 @@ class QuantizedWeight:
     @property
     def bits_per_weight(self) -> float:
         """Everything stored, over the dense weight's numbers."""
-        return 8 * self.nbytes / _product(self.shape)
+        return 8 * self.nbytes / math.prod(self.shape)
 
     def fields(self) -> dict[str, Tensor]:
         """field name -> tensor, without what is None."""
@@ -185,8 +186,8 @@ def _checked(layer: str, spec: dict[str, Any], found: dict[str, Tensor]) -> Quan
     shape = spec.get("orig_shape", [n, k])
     need(isinstance(shape, list) and len(shape) in (2, 4), f"orig_shape is {shape!r}")
     need(all(isinstance(s, int) and 0 < s < LARGEST for s in shape), f"orig_shape is {shape!r}")
-    need(0 < _product(shape) < LARGEST, f"orig_shape is {shape!r}")
-    need((shape[0], _product(shape[1:])) == (n, k), f"weight holds {n} x {k} codes where orig_shape is {shape}")
+    need(0 < math.prod(shape) < LARGEST, f"orig_shape is {shape!r}")
+    need((shape[0], math.prod(shape[1:])) == (n, k), f"weight holds {n} x {k} codes where orig_shape is {shape}")
     group = spec.get("group_size", 64)
     need(isinstance(group, int) and 0 < group <= k and k % group == 0, f"group_size {group!r} does not divide {k}")
     expected = {
@@ -255,10 +256,3 @@ def group_for(channels: int, group_size: int) -> int | None:
 def layers(keys: Mapping[str, Any]) -> list[str]:
     """The names of all layers in a state dict that carry a mark."""
     return [k.removesuffix("." + MARK) for k in keys if k.endswith("." + MARK)]
-
-
-def _product(sizes) -> int:
-    n = 1
-    for s in sizes:
-        n *= s
-    return n

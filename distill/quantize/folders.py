@@ -1,5 +1,5 @@
-"""Folders of diffusers' and transformers' as subjects: a pipeline whose U-Net or transformer is quantized, and a text
-encoder by itself. Their weights are streamed from the file, so the model may be larger than memory.
+"""Folders of diffusers' and transformers' as something that runs: a pipeline whose U-Net or transformer is quantized,
+and a text encoder by itself. Their weights are streamed from the file, so the model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -12,26 +12,16 @@ from torch import Tensor, nn
 
 from ..backbones.base import skeleton
 from ..header import CheckpointError
-from ..training.prompts import read_prompts
-from .models import Subject
+from .options import Progress, Quantize
+from .runnable import Runnable, given_prompts
 from .source import Source, open_source, read_json
-from .stream import Renamed, stream
+from .stream import stream
+from .views import Renamed
 
-PROMPTS = (
-    "a photograph of an old fisherman mending a net in the harbour, morning light",
-    "a watercolour painting of a fox asleep under a birch tree",
-    "a city street at night in the rain, neon signs reflected in puddles, cinematic",
-    "a bowl of ramen with a soft egg, seen from above on a wooden table",
-    "portrait of a young woman with freckles and a red scarf, shallow depth of field",
-    "a lighthouse on a cliff in a storm, oil on canvas",
-    "an isometric drawing of a small greenhouse full of cacti",
-    "a steam locomotive crossing a stone viaduct in autumn, wide angle",
-)
-"""calibrated on when no file of prompts is given; pictures of many kinds"""
 STEPS, SAMPLES, TEXTS = 8, 4, 64
 
 
-def open_folder(source: Source, options) -> tuple[Subject | None, str]:
+def open_folder(source: Source, options: Quantize) -> tuple[Runnable | None, str]:
     config = read_json(source.folder / "config.json")
     if "_class_name" not in config:
         return Text.open(source, options, config)
@@ -58,16 +48,16 @@ def named(module: nn.Module, source: Source) -> dict[str, str]:
     return found
 
 
-def prompts_of(options, count: int) -> list[str]:
-    given = list(PROMPTS) if options.prompts is None else read_prompts(options.prompts)
+def prompts_of(options: Quantize, count: int) -> list[str]:
+    given = given_prompts(options)
     return [given[i % len(given)] for i in range(count)]
 
 
-class Pipeline(Subject):
+class Pipeline(Runnable):
     """A diffusers pipeline, run as its own code runs it: its scheduler, its guidance, fewer steps."""
 
     @classmethod
-    def open(cls, source: Source, options, index: dict) -> tuple[Pipeline | None, str]:
+    def open(cls, source: Source, options: Quantize, index: dict) -> tuple[Pipeline | None, str]:
         import diffusers
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -93,7 +83,7 @@ class Pipeline(Subject):
         self.steps, self.seed, self.calls, self.seen = options.steps or STEPS, options.seed, [], 0
         return self, f"calibrated on {len(self.prompts)} prompts at {self.steps} steps of its pipeline"
 
-    def run(self, progress) -> None:
+    def run(self, progress: Progress) -> None:
         """One prompt at a time; the calls of the first prompt's first, middle and last step are kept as probes."""
         total = len(self.prompts) * self.steps
         handle = self.modules["net"].register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -120,11 +110,11 @@ class Pipeline(Subject):
         return torch.cat([(y[0] if isinstance(y, tuple) else y.sample).flatten() for y in found])
 
 
-class Text(Subject):
+class Text(Runnable):
     """A text encoder of transformers', with the tokenizer in its folder or in the one beside it."""
 
     @classmethod
-    def open(cls, source: Source, options, config: dict) -> tuple[Text | None, str]:
+    def open(cls, source: Source, options: Quantize, config: dict) -> tuple[Text | None, str]:
         import transformers
 
         places = (source.folder, source.folder.parent / source.folder.name.replace("text_encoder", "tokenizer"))
@@ -144,7 +134,7 @@ class Text(Subject):
         )
         return self, f"calibrated on {len(self.prompts)} prompts"
 
-    def run(self, progress) -> None:
+    def run(self, progress: Progress) -> None:
         for i in range(0, len(self.prompts), 8):
             progress(i, len(self.prompts), "calibrating")
             self._encode(slice(i, i + 8))

@@ -1,26 +1,21 @@
-"""The walk over a model's tensors: choose for each layer, quantize it, measure the error; one layer at a time."""
+"""Over a model's tensors: choose for each layer, quantize it, measure the error; one layer at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..packed.weight import QuantError, QuantizedWeight, group_for
 from . import awq, lowrank, rounding, smooth
 from .budget import DENSE, Choice, Offer, allocate, candidates
 from .calibrate import LayerStats, relative_error
+from .options import Progress, Quantize
 from .report import Layer
-from .source import Source
+from .runnable import Runnable
+from .source import Source, as_stored
 
-if TYPE_CHECKING:
-    from .models import Subject
-    from .run import Quantize
-
-Progress = Callable[[int, int, str], None]  # (done, total, what is being done)
 Sensitivity = Callable[[str, Tensor, QuantizedWeight], float]  # layer, dense weight, candidate -> damage
 
 
@@ -48,7 +43,7 @@ def _sides(weight: Tensor) -> tuple[int, int]:
 
 
 @dataclass
-class Walk:
+class Quantizer:
     """What every pass over the layers needs."""
 
     source: Source
@@ -74,12 +69,12 @@ class Walk:
         group = group_for(self.source.entries[f"{layer}.weight"].shape[1], o.group_size)
         return Choice(o.bits, group, o.rank if self.method == "svd" else 0)
 
-    def choose(self, plan: dict[str, str], subject: Subject | None) -> tuple[dict[str, Choice], str]:
+    def choose(self, plan: dict[str, str], runs: Runnable | None) -> tuple[dict[str, Choice], str]:
         """Each layer's choice, and what decided on it ("" where all are alike)."""
         layers = [layer for layer, why in plan.items() if why == ""]
         if self.options.budget is None:
             return {layer: self.uniform(layer) for layer in layers}, ""
-        measure, said = self.sensitivity(layers, subject)
+        measure, said = self.sensitivity(layers, runs)
         offers: dict[str, list[Offer]] = {}
         for i, layer in enumerate(layers):
             self.progress(i, len(layers), "measuring sensitivity")
@@ -90,10 +85,10 @@ class Walk:
         chosen = allocate(offers, self.options.budget * sum(numel.values()) - fixed)
         return {layer: offer.choice for layer, offer in chosen.items()}, said
 
-    def sensitivity(self, layers: list[str], subject: Subject | None) -> tuple[Sensitivity, str]:
+    def sensitivity(self, layers: list[str], runs: Runnable | None) -> tuple[Sensitivity, str]:
         """End to end where the model runs fast enough, else by what each layer puts out, else by its weight."""
-        if subject is not None and subject.is_cheap(len(layers) * 4):
-            return subject.damage, "the output error of the whole model, one layer at a time"
+        if runs is not None and runs.is_cheap(len(layers) * 4):
+            return runs.damage, "the output error of the whole model, one layer at a time"
         kind = "output" if self.stats else "weight"
 
         def local(layer: str, dense: Tensor, q: QuantizedWeight) -> float:
@@ -111,7 +106,9 @@ class Walk:
                 found.append(Offer(choice, 8.0 * q.nbytes, measure(layer, dense, q)))
         return found
 
-    def quantize(self, plan: dict[str, str], choices: dict[str, Choice], parts) -> tuple[dict, list[Layer]]:
+    def quantize(
+        self, plan: dict[str, str], choices: dict[str, Choice], parts: tuple[str, ...]
+    ) -> tuple[dict, list[Layer]]:
         """Every tensor of the file to be, and a line of the report for each matrix."""
         weights: dict[str, Tensor] = {}
         layers: list[Layer] = []
@@ -135,9 +132,7 @@ class Walk:
         self.progress(total, total, "quantizing")
         return weights, layers
 
-    def as_stored(self, key: str, parts) -> Tensor:
+    def as_stored(self, key: str, parts: tuple[str, ...]) -> Tensor:
         """A tensor that stays dense: as it is, but fp32 in a quantized part becomes fp16 where that holds it."""
         t = self.source[key]
-        if t.dtype == torch.float32 and self.source.part(key)[0] in parts and t.numel():
-            return t.half() if t.abs().max() <= 65504 else t
-        return t
+        return as_stored(t) if self.source.part(key)[0] in parts else t

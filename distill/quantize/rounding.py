@@ -32,7 +32,7 @@ Grid = tuple[Tensor, Tensor]  # scale and zero, both (N, K/G, 1)
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> QuantizedWeight:
     """Dense weight (N, K) or (out, in, kh, kw) -> codes of `bits` bits, each within half a step of its number."""
     w = grouped(weight, group)
-    parts = [span(part, bits) for part in pieces(w)]
+    parts = [span(part, bits) for part in row_blocks(w)]
     return encode(weight, bits, group, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
@@ -40,7 +40,7 @@ def clip(weight: Tensor, bits: int, group: int, rows: Tensor | None = None) -> Q
     """The scale and zero of each group that minimise the error: of the weight, or of rows (R, K) @ weight."""
     w = grouped(weight, group)
     hessian = None if rows is None else gram(rows, group)
-    parts = [search(part, bits, squared if hessian is None else by(hessian), hessian) for part in pieces(w)]
+    parts = [search(part, bits, squared if hessian is None else by(hessian), hessian) for part in row_blocks(w)]
     return encode(weight, bits, group, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
@@ -101,11 +101,11 @@ def least_squares(w: Tensor, scale: Tensor, zero: Tensor, bits: int, hessian: Te
 
 def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """w rounded to the grid, and its codes (as floats)."""
-    codes = codes_of(w, scale, zero, bits)
+    codes = round_to_codes(w, scale, zero, bits)
     return (codes - 8).mul_(scale).add_(zero), codes
 
 
-def codes_of(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def round_to_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (w - zero).div_(scale.clamp(min=1e-30)).add_(8).round_().clamp_(0, 2**bits - 1)
 
 
@@ -145,7 +145,7 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     return w.reshape(len(w), -1, group)
 
 
-def pieces(w: Tensor) -> Iterator[Tensor]:
+def row_blocks(w: Tensor) -> Iterator[Tensor]:
     """w (N, K/G, G) in slices of about AT_ONCE numbers."""
     return iter(w.split(max(1, AT_ONCE // w[0].numel())))
 
@@ -160,7 +160,7 @@ def encode(weight: Tensor, bits: int, group: int, scale: Tensor, zero: Tensor) -
     size = max(1, AT_ONCE // w[0].numel())
     codes = torch.cat(
         [
-            pack_nibbles(codes_of(part, s.float(), z.float(), bits).flatten(1))
+            pack_nibbles(round_to_codes(part, s.float(), z.float(), bits).flatten(1))
             for part, s, z in zip(w.split(size), scale.split(size), zero.split(size))
         ]
     )

@@ -1,18 +1,17 @@
 """Running a model that is larger than memory: each module's weights are brought when it runs, and dropped after.
 
 unet = skeleton(lambda: UNet2DConditionModel(**config))     no weights at all
-with streamed(unet, weights):                               name -> tensor, read when asked for
-    unet(x, t, c)
+stream(unet, weights)                                       name -> tensor, read when asked for
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
+from ..packed import cpu
 from ..packed.weight import QuantizedWeight
 
 IN_MEMORY = 300e6
@@ -46,61 +45,22 @@ def _hook(child: nn.Module, names: dict[str, str], empty: dict[str, nn.Parameter
     return [child.register_forward_pre_hook(fill), child.register_forward_hook(drop, always_call=True)]
 
 
-class Renamed(Mapping):
-    """A file's tensors under a module's names; small ones may be kept in memory."""
-
-    def __init__(self, source: Mapping[str, Tensor], keys: Mapping[str, str], keep: bool = False):
-        self.source, self.keys_, self.keep, self.kept = source, dict(keys), keep, {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self.kept:
-            return self.kept[name]
-        if name not in self.keys_:
-            raise KeyError(f"the file has no weight for {name}")
-        t = self.source[self.keys_[name]]
-        if self.keep:
-            self.kept[name] = t = t.float()
-        return t
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_)
-
-    def __len__(self) -> int:
-        return len(self.keys_)
-
-
-class Dequantized(Mapping):
-    """A quantized state dict as a dense one, layer by layer: what the model would be with those codes."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
-
-    def __getitem__(self, key: str) -> Tensor:
-        layer = key.removesuffix(".weight")
-        if key.endswith(".weight") and f"{layer}.comfy_quant" in self.tensors:
-            return QuantizedWeight.from_tensors(self.tensors, layer).dequantize()
-        return self.tensors[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
 @contextmanager
 def rounding_activations(model: nn.Module, layers: Mapping[str, QuantizedWeight]) -> Iterator[None]:
-    """The inputs of W8A8 layers (module name -> weight) rounded to 8 bits as integer kernels do, in floats: one scale
-    a row for a Linear, one for all of a Conv2d's input."""
+    """The inputs of W8A8 layers (module name -> weight) rounded as `packed.cpu`'s integer kernels round them, in
+    floats: each row of a Linear's input to 127 steps of its largest number, each image of a Conv2d's to 256 codes."""
 
-    def rounded(q: QuantizedWeight):
-        def hook(module: nn.Module, args: tuple):
-            x = args[0]
-            view = (1, -1, 1, 1) if x.ndim == 4 and len(q.shape) == 4 else (-1,)
-            pre = torch.ones(q.shape[1]) if q.pre_quant_scale is None else q.pre_quant_scale.float()
-            x = x * pre.view(view)
-            step = (x.abs().amax() if len(q.shape) == 4 else x.abs().amax(-1, keepdim=True)).clamp(min=1e-30) / 127
-            return ((x / step).round() * step / pre.view(view), *args[1:])
+    def rounded(q: QuantizedWeight) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            x = args[0].float()
+            if len(q.shape) == 4:
+                pre = 1 if q.pre_quant_scale is None else q.pre_quant_scale.float().view(1, -1, 1, 1)
+                x = cpu.round_images(x * pre)
+            else:
+                pre = 1 if q.pre_quant_scale is None else q.pre_quant_scale.float()
+                x8, step = cpu.round_rows((x * pre).flatten(0, -2))
+                x = (x8 * step).view(x.shape)
+            return (x / pre, *args[1:])
 
         return hook
 

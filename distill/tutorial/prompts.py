@@ -23,3 +23,8 @@ def shape_batches(model: Backbone, batch_size: int) -> Batches:
         return {"cond": model.encode(shapes.sample_prompts(batch_size, generator)), "shape": shape}
 
     return batches
+
+
+def calibration_prompts(model: Backbone, n: int, seed: int) -> list[str] | None:
+    """Prompts to calibrate a model of this world on; None for one of another."""
+    return shapes.sample_prompts(n, Generator().manual_seed(seed)) if speaks(model) else None

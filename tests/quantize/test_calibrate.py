@@ -7,7 +7,8 @@ from torch import nn
 from distill.backbones.base import skeleton
 from distill.packed.weight import QuantError, to_matrix
 from distill.quantize.calibrate import LayerStats, collect, relative_error
-from distill.quantize.stream import Dequantized, Renamed, stream
+from distill.quantize.stream import stream
+from distill.quantize.views import Dequantized, Renamed
 
 
 def run(module, x):

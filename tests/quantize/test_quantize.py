@@ -1,5 +1,6 @@
 """Files in, quantized files out: OneStep files, diffusers folders, text encoders, and what is refused."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError, read_header
 from distill.packed.weight import QuantError, QuantizedWeight, layers, unpack_nibbles
-from distill.quantize import models
+from distill.quantize import onestep
 from distill.quantize.calibrate import LayerStats
-from distill.quantize.run import Quantize, quantize_file
+from distill.quantize.options import Quantize
+from distill.quantize.run import quantize_file
 from distill.quantize.source import layers_of, open_source
-from distill.quantize.stream import Dequantized
+from distill.quantize.views import Dequantized
 from distill.tutorial.bundled import bundled
 
 
@@ -41,7 +43,7 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def few_probes(monkeypatch):
     """An eighth of a second rather than a second for each measured candidate."""
-    monkeypatch.setattr(models, "PROBES", 8)
+    monkeypatch.setattr(onestep, "PROBES", 8)
 
 
 def metadata(path):
@@ -130,7 +132,9 @@ def test_stats_of_the_caller_are_used(student, tmp_path):
 @pytest.mark.parametrize("calibrate", [True, False])
 def test_the_budget_is_kept_and_spent(student, tmp_path, calibrate):
     how = {"samples": 2, "rows": 16, "calibrate": calibrate, "keep": (r"label_emb",)}
-    reports = [quantize_file(student, tmp_path / "a.safetensors", Quantize(budget=b, **how)) for b in (5.5, 7.0)]
+    reports = [
+        quantize_file(student, tmp_path / "a.safetensors", Quantize(budget=b, **how), force=True) for b in (5.5, 7.0)
+    ]
     for report, budget in zip(reports, (5.5, 7.0)):
         assert budget - 0.2 < report.bits_per_weight <= budget
     assert len({x.choice for x in reports[1].layers}) > 2
@@ -179,7 +183,7 @@ def test_clip_and_t5_folders(pipeline, tmp_path):
     T5EncoderModel(T5Config(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "t5")
     words.save_pretrained(tmp_path / "t5")
     for folder in (pipeline / "text_encoder", tmp_path / "t5"):
-        out = tmp_path / "text.safetensors"
+        out = tmp_path / f"{folder.name}.safetensors"
         report = quantize_file(folder, out, Quantize(samples=8, rows=64))
         assert report.calibration == "calibrated on 8 prompts" and 0 < report.output_error < 0.3
         names = layers(load_file(out))
@@ -209,25 +213,101 @@ def test_other_single_files_keep_their_keys(mods, tmp_path, names):
 
 
 def test_refusals_name_the_file_and_the_cure(student, tmp_path):
-    out = tmp_path / "out.safetensors"
+    out, new = tmp_path / "out.safetensors", tmp_path / "new.safetensors"
     quantize_file(student, out, Quantize(calibrate=False))
     with pytest.raises(CheckpointError, match=r"out.safetensors: is quantized already .* original"):
         quantize_file(out, tmp_path / "twice.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):
-        quantize_file(tmp_path / "nothing.safetensors", out)
+        quantize_file(tmp_path / "nothing.safetensors", new)
     with pytest.raises(CheckpointError, match="no config.json there"):
-        quantize_file(tmp_path, out)
+        quantize_file(tmp_path, new)
     with pytest.raises(QuantError, match="awq needs calibration"):
-        quantize_file(student, out, Quantize(method="awq", calibrate=False))
+        quantize_file(student, new, Quantize(method="awq", calibrate=False))
     with pytest.raises(QuantError, match="Raise --budget"):
-        quantize_file(student, out, Quantize(budget=2.0, calibrate=False))
+        quantize_file(student, new, Quantize(budget=2.0, calibrate=False))
     with pytest.raises(QuantError, match="leave out --text-encoder"):
         Quantize(format="nvfp4", text_encoder=True)
     with pytest.raises(QuantError, match="no regular expression"):
         Quantize(keep=("(",))
     save_file({"decoder.conv_in.weight": torch.ones(32, 32, 3, 3)}, tmp_path / "vae.safetensors")
     with pytest.raises(QuantError, match="vae.safetensors: no layer to quantize"):
-        quantize_file(tmp_path / "vae.safetensors", out)
+        quantize_file(tmp_path / "vae.safetensors", new)
+
+
+def test_nothing_good_is_overwritten(student, tmp_path, caplog, monkeypatch):
+    """Not the source, not another file unless forced, not by a run that fails; a name says what is written."""
+    source, out, few = tmp_path / "m.safetensors", tmp_path / "out.safetensors", Quantize(calibrate=False)
+    source.write_bytes(student.read_bytes())
+    (tmp_path / "link.safetensors").symlink_to(source)
+    for same in (source, tmp_path / "link.safetensors"):
+        with pytest.raises(QuantError, match="is the source itself: name another file"):
+            quantize_file(source, same, few, force=True)
+    assert source.read_bytes() == student.read_bytes()
+    out.write_text("precious")
+    with pytest.raises(FileExistsError, match="out.safetensors exists: overwrite it with force"):
+        quantize_file(source, out, few)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("safetensors.torch.save_file", full)
+        quantize_file(source, out, few, force=True)
+    assert out.read_text() == "precious" and len(list(tmp_path.iterdir())) == 3
+    quantize_file(source, out, few, force=True)
+    assert layers(load_file(out))
+    with pytest.raises(QuantError, match="format gguf:Q4_0 is written to a .gguf file"):
+        quantize_file(source, tmp_path / "x.safetensors", Quantize(format="gguf:Q4_0"))
+    pytest.importorskip("gguf")
+    quantize_file(source, tmp_path / "x.gguf", Quantize())
+    assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF" and "written as gguf:Q4_0" in caplog.text
+
+
+def test_damage_is_a_square(student):
+    """So that damages of independent layers add up: a weight twice as far off does four times the damage."""
+    from distill.quantize.opening import open_runnable
+
+    source = open_source(student)
+    runs, _ = open_runnable(source, Quantize(samples=8, rows=16), ("unet",))
+    layer = "model.diffusion_model.middle_block.0.in_layers.2"
+    runs.calibrate([layer], Quantize(samples=8, rows=16), lambda *told: None)
+    dense = source[f"{layer}.weight"].float()
+    noise = 1e-3 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+
+    class Off:
+        def __init__(self, by):
+            self.by = by
+
+        def dequantize(self):
+            return dense + self.by * noise
+
+    one, two = (runs.damage(layer, dense, Off(by)) for by in (1, 2))
+    assert one > 0 and two / one == pytest.approx(4, rel=0.1)
+    assert runs.damage(layer, dense, Off(0)) == 0
+
+
+def test_w8a8_is_reported_with_its_rounded_activations(student, tmp_path, monkeypatch):
+    """The report's error is that of the kernels: more than the weights' alone, and what running the file gives."""
+    from distill.packed import dispatch
+    from distill.quantize import runnable
+
+    options = Quantize(method="smoothquant", samples=8, rows=64)
+    report = quantize_file(student, tmp_path / "a.safetensors", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(runnable, "rounding_activations", lambda *a: contextlib.nullcontext())
+        weights_alone = quantize_file(student, tmp_path / "b.safetensors", options).output_error
+    assert report.output_error > 1.1 * weights_alone
+    from distill.backbones import load
+
+    monkeypatch.setattr(dispatch, "WORTH", 0)
+    dense, small = load(student), load(tmp_path / "a.safetensors")
+    z, cond = (
+        torch.randn(dense.shape(16), generator=torch.Generator().manual_seed(1)),
+        dense.encode(["a red ring"] * 16),
+    )
+    with torch.no_grad():
+        a, b = dense.latents(z, cond), small.latents(z, cond)
+    assert ((a - b).norm() / a.norm()).item() == pytest.approx(report.output_error, rel=0.35)
 
 
 def test_weights_that_are_not_finite_are_named(student, tmp_path):
@@ -306,4 +386,4 @@ def test_the_bundled_student_on_the_command_line(tmp_path):
     made = distill("sample", "a large red ring", "--model", out, "--out", tmp_path / "a.png")
     assert made.returncode == 0 and (tmp_path / "a.png").is_file(), made.stderr
     refused = distill("quantize", out, tmp_path / "twice.safetensors")
-    assert refused.returncode == 1 and "is quantized already" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "is quantized already" in refused.stderr and "Traceback" not in refused.stderr

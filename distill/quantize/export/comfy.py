@@ -24,7 +24,9 @@ from torch import Tensor
 from ...atomic import write_beside
 from ...header import CheckpointError
 from ...packed.weight import MARK
-from .base import Progress, Written, as_stored, candidates, is_matrix, relative
+from ..options import Progress
+from ..source import as_stored, relative
+from .base import Written, is_matrix, quantizable
 
 FORMATS = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "nvfp4")
 ROTATIONS = (256, 64, 16)
@@ -43,7 +45,7 @@ def write(
     from safetensors.torch import save_file
 
     encode = encoder(format)
-    keys, prefix = candidates(weights, only)
+    keys, prefix = quantizable(weights, only)
     wanted, counted = set(keys), detected(weights)
     out: dict[str, Tensor] = {}
     done = Written(path)

@@ -17,7 +17,9 @@ from ...atomic import write_beside
 from ...header import CheckpointError
 from ...packed.formats.gguf import ORIGINAL
 from ...packed.formats.gguf_names import to_llama_cpp
-from .base import Progress, Written, candidates, is_matrix, relative
+from ..options import Progress
+from ..source import relative
+from .base import Written, is_matrix, quantizable
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")
 ROW = 256
@@ -57,7 +59,7 @@ def write(
         raise CheckpointError(
             f"{path}: the gguf package cannot quantize to {kind!r}. Choose one of {', '.join(TYPES)}."
         )
-    keys, prefix = candidates(weights, only)
+    keys, prefix = quantizable(weights, only)
     whole = "onestep.version" in metadata  # a OneStep file stays one: its VAE, text encoder and prefixes too
     architecture = architecture_of(path, {k.removeprefix(prefix) for k in weights})
     writer = gguf.GGUFWriter(None, architecture)
