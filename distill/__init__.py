@@ -15,7 +15,7 @@ training    train_student, TrainOptions, prompt_batches, image_batches; train fo
 methods     VSD, SDS, Regression with VSDOptions, SDSOptions, RegressionOptions; Method, Net, Phase to write another
 coaches     LoraCoach, CopyCoach, Student
 toys        Gaussian, Mixture, ring, and `distill.toy`'s Student and Coach: teachers that are known exactly
-four bits   quantize_file, Quantize
+four bits   quantize_file, quantize_ for a module in memory, Quantize
 judging     Judge, evaluate: of the tutorial world
 
 Names are imported when they are first used, so that `import distill` costs nothing.
@@ -46,6 +46,7 @@ _FACE = {
     "student": ["Student"],
     "toy": ["Gaussian", "Mixture", "ring"],
     "quantize.run": ["quantize_file"],
+    "quantize.module": ["quantize_"],
     "quantize.options": ["Quantize"],
     "tutorial.metrics": ["Judge", "evaluate"],
     "header": ["CheckpointError"],
