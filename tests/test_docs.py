@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import tomllib
@@ -120,6 +121,20 @@ def test_theory_explains_every_readout():
     text = (ROOT / "docs/theory.md").read_text(encoding="utf-8").partition("## When it goes wrong")[2]
     told = set(re.findall(r"`(\w+)`", text))
     assert {readout for readout in logged if not readout.endswith("_1")} <= told  # of the channels the first one
+
+
+def test_tables_are_those_that_the_benchmarks_wrote():
+    """Rows of docs/figures.md against the JSON files beside it."""
+    text = (ROOT / "docs/figures.md").read_text(encoding="utf-8")
+    table = {cells[0].lstrip("| "): cells[1:] for line in text.splitlines() if len(cells := line.split(" | ")) > 2}
+    read = {name: json.loads((ROOT / f"docs/{name}.json").read_text()) for name in ("coach", "four_bit_speed")}
+    assert f"{read['coach']['minutes']:g} minutes each" in text
+    for name, row in read["coach"]["rows"].items():
+        assert {f"{row['accuracy']:.3g}", f"{row['frechet']:.3g}"} <= set(table[name]), name
+    for name, row in read["four_bit_speed"]["times"].items():
+        title = "Q4_0 unpacked" if name == "per call" else name
+        cells = next(cells for key, cells in table.items() if key.startswith(title))
+        assert float(cells[0]) == round(row["ratio"], 2), name
 
 
 def test_project_files_agree():
