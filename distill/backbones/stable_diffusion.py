@@ -144,7 +144,9 @@ def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torc
     try:
         rest = install(module, weights) if packed else weights
     except QuantError as e:
-        raise CheckpointError(f"{path}: wrong architecture: the {what}'s {e}. {checkpoint.CURE}") from None
+        raise CheckpointError(
+            f"{path}: wrong architecture: the {what}'s {str(e).rstrip('.')}. {checkpoint.CURE}"
+        ) from None
     own = tuple(f"{name}." for name in packed)
     expected = {k: v for k, v in module.state_dict().items() if not own or not k.startswith(own)}
     checkpoint.check_fit(path, what, expected, rest)
