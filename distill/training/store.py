@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..atomic import replace, write_beside
+from ..atomic import clean, replace, write_beside
 
 PATTERN = "step-*.safetensors"
 
@@ -48,8 +48,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict, Path] | None:
     """
     from safetensors import SafetensorError, safe_open
 
-    for leftover in folder.glob(".step-*.tmp"):
-        leftover.unlink()
+    clean(folder)
     for path in checkpoints(folder):
         try:
             with safe_open(path, framework="pt") as f:
