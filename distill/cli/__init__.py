@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from importlib import import_module
 from typing import Any
 
 from .. import __version__
+from .console import is_main_process
 
 COMMANDS = {
     "demo": ("Demo", "train a one-step student of the bundled teacher in five minutes, and compare the two"),
@@ -30,7 +33,7 @@ def usage() -> str:
 
 def parse(words: Sequence[str]) -> tuple[Callable[[Any], Any], Any]:
     """The words behind `distill` -> a command's `run` and its options. Raises SystemExit where they are help or wrong,
-    ValueError for an option that cannot be."""
+    ValueError for an option that cannot be. Only the command that is asked for is imported."""
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0)
@@ -40,13 +43,10 @@ def parse(words: Sequence[str]) -> tuple[Callable[[Any], Any], Any]:
     name, *rest = words
     if name not in COMMANDS:
         raise ValueError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
-    try:
-        import tyro
-        from tyro import _settings  # its one switch for colours
-    except ImportError:
-        raise ValueError("the command line needs more packages: pip install 'onestep[distill]'") from None
-    if os.environ.get("NO_COLOR"):
-        _settings._experimental_options["ansi_codes"] = False
+    if os.environ.get("NO_COLOR"):  # tyro does not heed it but this, read at its import; before 1.0 rich did heed it
+        os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"
+    import tyro
+
     module = import_module(f".{name}", __name__)
     options = getattr(module, COMMANDS[name][0])
     return module.run, tyro.cli(options, prog=f"distill {name}", args=rest, description=options.__doc__)
@@ -63,17 +63,21 @@ def _terminate(signum: int, frame: Any) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command. What a user can mend is told in one line, without a traceback.
 
-    Returns the exit code: 0, 1 for a run that failed, 2 for arguments, files and data that cannot be, 130 for Ctrl-C,
-    143 for SIGTERM. `--help` and what tyro refuses leave by SystemExit.
+    Returns the exit code: 0; 1 for a run that failed on its way; 2 for arguments, files and data that cannot be; 130
+    for Ctrl-C, 143 for SIGTERM, 141 where nobody reads on. `--help` and what tyro refuses leave by SystemExit. Of the
+    processes that torchrun started only the first prints to stdout.
     """
     try:
         old = signal.signal(signal.SIGTERM, _terminate)
     except ValueError:  # not in the main thread: the program around has its own
         old = None
     try:
-        run, options = parse(sys.argv[1:] if words is None else words)
-        run(options)
-        sys.stdout.flush()
+        with ExitStack() as quiet:
+            if not is_main_process():
+                quiet.enter_context(redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+            run, options = parse(sys.argv[1:] if words is None else words)
+            run(options)
+            sys.stdout.flush()
         return 0
     except Terminated:
         return 143
@@ -81,25 +85,37 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `distill info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        return _failed(error, 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "Diverged":
+        return 141
+    except Exception as error:
+        said = explain(error)
+        if said is None:
             raise
-        return _failed(error, 1)
+        code, line = said
+        print("distill: " + " ".join(line.splitlines()), file=sys.stderr)
+        return code
     finally:
         if old is not None:
             signal.signal(signal.SIGTERM, old)
 
 
-def _failed(error: Exception, code: int) -> int:
-    if isinstance(error, ImportError) and error.name in ("distill", None):
-        raise error  # ours, not a missing package
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or 'writing'}: {error.strerror.lower()}"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+MEMORY = "out of memory: take fewer at once (--batch-size, prompts), a smaller model, or another --device"
+
+
+def explain(error: Exception) -> tuple[int, str] | None:
+    """(exit code, what to say) of an error that a user can mend; None for one of ours, which needs its traceback."""
+    kind, text = type(error).__name__, str(error)
     if isinstance(error, ImportError):
-        text = f"{error}: pip install 'onestep[distill]'" if "pip install" not in text else text
-    print(f"distill: {text}", file=sys.stderr)
-    return code
+        if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+            return None
+        return 2, text if "pip install" in text else f"{text}: pip install 'onestep[distill]'"
+    if isinstance(error, OSError):
+        said = f"{error.filename or 'writing'}: {error.strerror.lower()}" if error.strerror else text
+        return (1 if error.errno in NO_ROOM else 2), said
+    if isinstance(error, ValueError):
+        return 2, text
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        return 1, MEMORY
+    if kind in ("Diverged", "SafetensorError"):  # by name, as torch is not imported for `--help`
+        return 1, text
+    return None

@@ -1,4 +1,4 @@
-"""What the commands share: devices, bars, outputs that exist."""
+"""What the commands share: devices, outputs, progress."""
 
 from __future__ import annotations
 
@@ -26,16 +26,30 @@ def pick_device(name: str) -> torch.device:
         return torch.device(there[0])
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" can be made, but not read
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not there; this machine has {', '.join(there)}") from None
     return device
 
 
+def writable(path: Path, *, folder: bool = False) -> None:
+    """Raise ValueError where `path` cannot become a file, or a folder with files; nothing is made. A run that takes
+    hours asks this first."""
+    if path.is_dir() and not folder:
+        raise ValueError(f"{path} is a folder: name a file to write")
+    if folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder to write to")
+    above = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir() or p.is_file())
+    if above.is_file() and above != path.absolute():
+        raise ValueError(f"{path} cannot be written: {above} is a file")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission for {above}")
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise FileExistsError for an output that took time to make, unless it may be overwritten."""
     if path.exists() and not force:
-        raise ValueError(f"{path} exists: add --force to overwrite it, or name another file")
+        raise FileExistsError(f"{path} exists: add --force to overwrite it, or name another file")
 
 
 def is_main_process() -> bool:

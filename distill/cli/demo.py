@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
+
+ONE = "the demo runs in one process; several train by `torchrun -m distill train`"
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class Demo:
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
     resume: bool = False
     """Go on with a run in `out` that was stopped."""
-    teacher: Path | None = None
-    """A teacher file of the tutorial world. Default: the bundled one."""
-    weak: Path | None = None
+    teacher: str = "teacher"
+    """The bundled teacher, or a teacher file of the tutorial world."""
+    weak: str | None = None
     """A worse version of the teacher, for autoguidance. Default: the bundled one's; none for a teacher of your own."""
     coach: Literal["lora", "copy"] = "copy"
     """lora: adapters on the frozen teacher (least memory); copy: a second net (at this size faster and as good)."""
@@ -35,20 +39,22 @@ def run(o: Demo) -> dict:
     from ..backbones import load
     from ..backbones.base import weaker
     from ..checks import need
-    from ..tutorial.bundled import bundled
+    from ..tutorial.bundled import find
     from ..tutorial.demo import LAW, stages
     from ..tutorial.prompts import speaks
-    from .console import bars, pick_device
+    from .console import bars, pick_device, writable
 
-    need(o.minutes > 0, "minutes", o.minutes, "above 0")
+    need(0 < o.minutes < inf, "minutes", o.minutes, "a time, above 0")
+    need(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), ONE)
+    writable(o.out, folder=True)
     file = o.out / "student.safetensors"
     if file.exists() and not o.resume:
         raise ValueError(f"{o.out} holds a run already: add --resume to go on with it, or name another folder")
-    teacher = load(o.teacher or bundled("teacher"), pick_device(o.device))
+    teacher = load(find(o.teacher), pick_device(o.device))
     need(speaks(teacher), "teacher", teacher.name, "not of the tutorial world; use `distill train` for it")
     weak = None
-    if o.teacher is None or o.weak is not None:
-        weak = weaker(teacher, load(o.weak or bundled("weak"), teacher.device))
+    if o.teacher == "teacher" or o.weak is not None:
+        weak = weaker(teacher, load(find(o.weak or "weak"), teacher.device))
     else:
         print("no autoguidance: it needs a worse version of this teacher (--weak)")
     print(f"teacher: {teacher.name} on {teacher.device}, seed {o.seed}, {o.minutes:g} minutes -> {o.out}/")

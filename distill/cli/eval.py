@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 
@@ -32,18 +33,19 @@ class Eval:
 def run(o: Eval) -> dict[str, dict]:
     """Measure, print the table, return its rows. Raises CheckpointError for a file that is none of ours, ValueError for
     a model of another world."""
-    from ..checks import need
+    from ..atomic import replace
+    from ..checks import SEEDS, need, within
+    from .console import pick_device, writable
 
-    need(o.n >= 16, "n", o.n, "16 or more")
-    need(o.seeds >= 1, "seeds", o.seeds, "1 or more")
-    need(o.steps is None or o.steps >= 1, "steps", o.steps, "1 or more")
+    within(o, n=(16, inf), seeds=(1, inf), steps=(1, inf), guidance=(-inf, inf), seed=SEEDS)
+    if o.out:
+        writable(o.out)
     from ..backbones import load
     from ..file.metadata import read_metadata
     from ..tutorial.bundled import bundled, find
     from ..tutorial.metrics import Judge, evaluate_seeds
     from ..tutorial.prompts import speaks
     from ..tutorial.rows import floors, print_table
-    from .console import pick_device
 
     model, judge = load(find(o.model), pick_device(o.device)), Judge.load()
     need(speaks(model), "model", model.name, "not of the tutorial world, whose judge cannot read its pictures")
@@ -60,7 +62,8 @@ def run(o: Eval) -> dict[str, dict]:
     rows |= floors(model, judge, **how)
     print_table(rows)
     if o.out:
-        o.out.write_text(json.dumps(rows, indent=2) + "\n")
+        o.out.parent.mkdir(parents=True, exist_ok=True)
+        replace(o.out, (json.dumps(rows, indent=2) + "\n").encode())
     return rows
 
 

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import tyro
 
 
 @dataclass(frozen=True)
 class Info:
-    """Show what a file says about itself: a OneStep file whole, any other safetensors file by its header."""
+    """Show what a file says about itself: a OneStep file, or by its header any other safetensors file."""
 
     model: tyro.conf.Positional[str] = "student"
     """A safetensors file, or the bundled student or teacher."""
 
 
-SHOWN = ("family", "method", "teacher", "prediction", "t_in", "steps", "guidance", "schedule", "latent", "metrics")
+FIELDS = (
+    "family", "method", "teacher", "prediction", "t_in", "steps", "guidance", "schedule", "latent", "metrics", "config",
+    "quantization", "license",
+)  # fmt: skip
+"""Of a OneStep file. What is left out is long: the architecture, the tokenizer, the workflow."""
 
 
 def run(o: Info) -> None:
     """Print it. Raises CheckpointError for what is no sound safetensors file."""
-    from ..file.metadata import read_metadata
-    from ..header import read_header
+    from ..header import CheckpointError, read_header
     from ..tutorial.bundled import find
 
     path = find(o.model)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder. Name a safetensors file in it.")
     header = read_header(path)
-    strings = header.pop("__metadata__", {})
-    numbers = sum(math.prod(v["shape"]) for v in header.values())
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(header)} tensors, {numbers / 1e6:.2f} M numbers")
-    if "onestep.version" not in strings:
-        print("not a OneStep file; its metadata:" if strings else "not a OneStep file, and without metadata")
-        for name, value in strings.items():
-            print(f"{name:>12}  {value if len(value) < 200 else value[:200] + ' ...'}")
-        return
-    meta = read_metadata(path)
-    for name in (*SHOWN, "config", *(["quantization"] if meta.quantization else []), "license"):
-        value = getattr(meta, name)
-        print(f"{name:>12}  {value if isinstance(value, str) else json.dumps(value)}")
+    said = header.pop("__metadata__", {})
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {held(path, header)}")
+    ours = "onestep.version" in said
+    if not ours:
+        print("not a OneStep file; its metadata:" if said else "not a OneStep file, and without metadata")
+    for name in (n for n in FIELDS if n in said) if ours else said:
+        print(f"{plain(name):>12}  {plain(said[name], math.inf if ours else 200)}")
+
+
+def held(path: Path, entries: dict[str, Any]) -> str:
+    """How many tensors and numbers, by type. Raises CheckpointError where an entry is none."""
+    from ..header import CheckpointError
+
+    count: Counter[str] = Counter()
+    for name, entry in entries.items():
+        kind, shape = entry.get("dtype"), entry.get("shape")
+        if not (isinstance(kind, str) and isinstance(shape, list) and all(type(n) is int for n in shape)):
+            raise CheckpointError(f"{path}: the header's entry for {name!r} is damaged. Download it again.")
+        count[kind] += math.prod(shape)
+    kinds = ", ".join(f"{plain(kind)} {numbers / 1e6:.2f} M" for kind, numbers in count.most_common())
+    return f"{len(entries)} tensors, {count.total() / 1e6:.2f} M numbers ({kinds})"
+
+
+def plain(text: str, most: float = 200) -> str:
+    """Text of a stranger's file in one line: control characters, which a terminal would obey, as escapes."""
+    text = text if len(text) <= most else f"{text[: int(most)]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

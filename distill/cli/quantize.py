@@ -32,9 +32,11 @@ def run(o: QuantizeFile) -> None:
     from ..quantize.run import quantize_file
     from ..tutorial.bundled import find
     from ..tutorial.prompts import calibration_prompts
-    from .console import bars, refuse_existing
+    from .console import bars, refuse_existing, writable
 
     source = find(o.source)
+    for path in filter(None, (o.out, o.report)):
+        writable(path)
     if not (o.out.exists() and source.exists() and o.out.samefile(source)):
         refuse_existing(o.out, o.force)
     logging.basicConfig(format="%(message)s")
@@ -46,4 +48,5 @@ def run(o: QuantizeFile) -> None:
         report = quantize_file(source, o.out, o.options, None, progress, prompts=calibration_prompts, force=o.force)
     print(report.table())
     if o.report:
+        o.report.parent.mkdir(parents=True, exist_ok=True)
         report.save(o.report)

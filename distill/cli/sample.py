@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import tyro
@@ -24,27 +25,31 @@ class Sample:
     guidance: float | None = None
     """A teacher's guidance; a student has it in its weights. Default: what the file recommends."""
     scale: int = 4
-    """Enlarge by this, pixel by pixel."""
+    """Enlarge by this, pixel by pixel; 1 to 64."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
 
 def run(o: Sample) -> None:
     """Write one picture of all samples. Raises ValueError for what cannot be, CheckpointError for a file."""
-    from ..checks import need
-
-    need(len(o.prompts) > 0, "prompts", o.prompts, "give one or more, each in quotes")
-    need(all(p.isprintable() for p in o.prompts), "prompts", o.prompts, "not UTF-8 text")
-    need(o.steps is None or o.steps >= 1, "steps", o.steps, "1 or more")
-    need(o.guidance is None or abs(o.guidance) < float("inf"), "guidance", o.guidance, "a number")
-    need(o.scale >= 1, "scale", o.scale, "1 or more")
-    import torch
     from PIL import Image
 
+    from ..checks import SEEDS, need, within
+    from .console import pick_device, writable
+
+    need(len(o.prompts) > 0, "prompts", o.prompts, "give one or more, each in quotes")
+    for prompt in o.prompts:  # bytes of the command line that are no UTF-8 come as surrogates
+        need(not any("\ud800" <= c <= "\udfff" for c in prompt), "prompt", prompt, "not UTF-8 text")
+    within(o, steps=(1, inf), guidance=(-inf, inf), scale=(1, 64), seed=SEEDS)
+    known = Image.registered_extensions().get(o.out.suffix.lower()) in Image.SAVE
+    need(known, "out", str(o.out), "name a picture, such as samples.png")
+    writable(o.out)
+    import torch
+
+    from ..atomic import write_beside
     from ..backbones import load
     from ..backbones.base import to_pil
     from ..tutorial.bundled import find
-    from .console import pick_device
 
     model = load(find(o.model), pick_device(o.device))
     how = {"steps": o.steps, "guidance": o.guidance}
@@ -53,6 +58,7 @@ def run(o: Sample) -> None:
     sheet = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):
         sheet.paste(image, (i * width, 0))
+    sheet = sheet.resize((sheet.width * o.scale, sheet.height * o.scale), Image.Resampling.NEAREST)
     o.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width * o.scale, sheet.height * o.scale), Image.Resampling.NEAREST).save(o.out)
+    write_beside(o.out, sheet.save)
     print(o.out)

@@ -71,14 +71,17 @@ def train(o: Run) -> Path:
     from ..training.students import train_student
     from ..tutorial.bundled import find
     from ..tutorial.prompts import shape_batches, speaks
-    from .console import bars, is_main_process, pick_device
+    from .console import bars, is_main_process, pick_device, writable
 
     need(o.batch_size >= 1, "batch-size", o.batch_size, "1 or more")
     file = o.out / "student.safetensors"
     if file.exists() and not o.resume and not o.force:
         raise ValueError(f"{file} exists: add --resume to go on with that run, or name another folder")
+    writable(o.out, folder=True)
     prompts = read_prompts(o.prompts) if o.prompts else None
     teacher = load(find(o.teacher), pick_device(o.device))
+    made = teacher.meta.method
+    need(made == "teacher", "teacher", teacher.name, f"a student, made by {made}; give what it was made of")
     teacher.time(o.t_in)
     if prompts is None and not speaks(teacher):
         raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 from torch import Generator, Tensor
 
-from ..checks import need
+from ..checks import need, positive, within
 from ..denoiser import Denoiser, guided
 from ..losses import regression
 from ..sample import Generate
@@ -39,11 +40,9 @@ class RegressionOptions:
     """Learning rate of the student (tutorial world)."""
 
     def __post_init__(self) -> None:
-        need(abs(self.guidance) < float("inf"), "guidance", self.guidance, "a number")
-        need(self.solver_steps >= 1, "solver_steps", self.solver_steps, "1 or more")
-        need(self.pairs is None or self.pairs >= 1, "pairs", self.pairs, "1 or more")
+        within(self, guidance=(-inf, inf), solver_steps=(1, inf), pairs=(1, inf))
         need(self.pairs is not None or self.pairs_minutes is not None, "pairs", None, "give pairs or pairs_minutes")
-        need(self.lr > 0, "lr", self.lr, "above 0")
+        positive(self, "lr", "pairs_minutes")
 
     def build(self, parts: Parts) -> Regression:
         """The method, with the guided teacher that makes its pairs."""

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..checks import need
+from ..checks import positive
 from ..denoiser import Cond, Denoiser
 from ..sample import Generate
 from ..schedule import Times
@@ -44,7 +44,7 @@ class SDSOptions:
 
     def __post_init__(self) -> None:
         check_times(self)
-        need(self.lr > 0, "lr", self.lr, "above 0")
+        positive(self, "lr")
 
     def build(self, parts: Parts) -> SDS:
         """The method."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from ..checks import need
+from ..checks import need, positive, within
 from ..coach import Coach, CopyCoach, LoraCoach
 from ..denoiser import Cond, Denoiser, autoguided, drop, guided, with_plain
 from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, surrogate
@@ -71,12 +72,8 @@ class VSDOptions:
 
     def __post_init__(self) -> None:
         check_times(self)
-        need(0 <= self.null_drop <= 1, "null_drop", self.null_drop, "a share, 0 to 1")
-        for name in ("rank", "coach_steps"):
-            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        need(self.coach_warmup >= 0, "coach_warmup", self.coach_warmup, "0 or more iterations")
-        need(self.lr > 0, "lr", self.lr, "above 0")
-        need(self.coach_lr is None or self.coach_lr > 0, "coach_lr", self.coach_lr, "above 0")
+        within(self, null_drop=(0, 1), rank=(1, inf), coach_steps=(1, inf), coach_warmup=(0, inf))
+        positive(self, "lr", "coach_lr")
 
     def build(self, parts: Parts) -> VSD:
         """The method; its coach is the teacher with adapters, or a copy of it."""
@@ -91,8 +88,8 @@ def check_times(options: VSDOptions) -> None:
     """Raise ValueError where t_min, t_max or a guidance cannot be. Also for methods with the same fields."""
     o = options
     need(0 <= o.t_min < o.t_max <= 1, "t_min, t_max", (o.t_min, o.t_max), "0 <= t_min < t_max <= 1")
-    need(abs(o.guidance) < float("inf"), "guidance", o.guidance, "a number")
-    need(0 <= o.guidance_until <= 1, "guidance_until", o.guidance_until, "a time, 0 to 1")
+    anything = (-inf, inf)
+    within(o, guidance=anything, guidance_max=anything, autoguidance=anything, guidance_until=(0, 1))
 
 
 class VSD(Method):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checks import SEEDS, positive, within
 from ..packed.weight import QuantError
 
 Progress = Callable[[int, int, str], None]
@@ -58,6 +60,8 @@ class Quantize:
     seed: int = 0
 
     def __post_init__(self):
+        within(self, rank=(1, inf), alpha=(0, 1), samples=(1, inf), steps=(1, inf), rows=(1, inf), seed=SEEDS)
+        positive(self, "budget")
         if self.group_size < 16:
             raise QuantError(f"group size {self.group_size} is below 16: choose 32, 64 or 128")
         if self.budget is not None and (self.method in ("svd", "smoothquant") or self.format != "onestep"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
-from ..checks import need
+from ..checks import need, positive, within
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         need(self.steps is not None or self.minutes is not None, "steps", None, "give steps or minutes")
-        need(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more")
-        need(self.minutes is None or self.minutes > 0, "minutes", self.minutes, "above 0")
-        for name in ("accumulate", "log_every", "save_every", "keep"):
-            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("decay_from", "lr_end"):
-            need(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a fraction, 0 to 1")
+        within(self, steps=(1, inf), accumulate=(1, inf), log_every=(1, inf), save_every=(1, inf), keep=(1, inf))
+        within(self, lr_warmup=(0, inf), weight_decay=(0, inf), decay_from=(0, 1), lr_end=(0, 1))
         need(self.ema is None or 0 <= self.ema < 1, "ema", self.ema, "0 or more, below 1")
-        need(self.clip > 0, "clip", self.clip, "above 0")
+        need(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "0 or more, below 1")
+        positive(self, "minutes", "clip", "max_spread")
