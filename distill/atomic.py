@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced, renamed."""
+"""Files that are whole or absent: written in a folder beside their place, synced, renamed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-AGE = 3600.0
-"""Seconds after which a temporary is taken for one that a killed process left."""
+PREFIX = ".onestep-"
+"""folders of files that are being written: this, the process and some letters. Nothing in them has a model's ending, so
+that no list of models shows it."""
+DAY = 86_400
+_mine: set[str] = set()
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -19,35 +22,61 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary path), sync, rename to path, sync the folder. The file gets the mode that umask gives.
+    """write(temporary path), sync, rename to path, sync the folder; first, what killed processes left there goes.
 
-    The temporary lies in a folder of its own, beside path: writers have temporaries too (safetensors' are named at
-    random, and readable by their owner alone), and all of a killed process's can be told by the folder.
+    The file may be read by whom the umask says, whatever the library that wrote it thinks. Raises OSError, of one line
+    with the path, where the disk is full or closed: what was at path before is there still.
     """
-    clean(path.parent, path.name, AGE)
-    room = Path(tempfile.mkdtemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent))
-    temporary = room / path.name
+    folder = None
     try:
+        clean(path.parent)
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=path.parent))
+        _mine.add(folder.name)
+        temporary = folder / "new"
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
+    except Exception as e:
+        if not isinstance(e, OSError) and "(os error " not in str(e):  # so safetensors passes on what the system said
+            raise
+        reason = getattr(e, "strerror", None) or str(e)
+        cure = "What was there is unchanged; make room, or choose another place."
+        raise OSError(f"{path}: cannot be written: {reason}. {cure}") from e
     finally:
-        shutil.rmtree(room, ignore_errors=True)
-    sync(path.parent)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _mine.discard(folder.name)
 
 
-def clean(folder: Path, names: str, age: float = 0.0) -> None:
-    """Remove what killed processes left of files whose names fit the pattern, if it is older than `age` seconds."""
-    for room in folder.glob(f".{names}.*.tmp"):
-        if time.time() - room.stat().st_mtime >= age:
-            shutil.rmtree(room, ignore_errors=True)
+def clean(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote left in a folder, whatever library they wrote with."""
+    for left in folder.glob(f"{PREFIX}*-*"):
+        pid = left.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdecimal() and left.name not in _mine and not _writing(int(pid), left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _writing(pid: int, folder: Path) -> bool:
+    """Whether the process that made a folder may still be writing in it."""
+    if pid == os.getpid():
+        return False  # then it would be one of _mine: it is of an earlier process of this number
+    try:
+        if os.name == "nt":  # where os.kill ends the process
+            return time.time() - folder.stat().st_mtime < DAY
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def sync(path: Path) -> None:
-    """Write a file or a folder through to the disk. Raises OSError."""
+    """What was written to a file, or into a folder, is on the disk when this returns."""
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
     except PermissionError:  # Windows does not open folders; its rename is journalled

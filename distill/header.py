@@ -6,28 +6,58 @@ import json
 from pathlib import Path
 from typing import Any
 
+STRANGERS = (
+    (b"PK\x03\x04", "a zip archive: a PyTorch checkpoint (.ckpt, .pt, .pth), which may run code when it is opened"),
+    (b"\x80", "a pickle, which may run code when it is opened"),
+    (b"<", "a web page: the download failed or wanted a login"),
+    (b"version https://git-lfs", "a git-lfs pointer; fetch the real file with `git lfs pull`"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+"""first bytes -> what such a file is"""
+LONGEST = 100_000_000
+"""bytes of a header: the format's own limit"""
+MOST = 200_000
+"""tensors in a file: parsed, an entry takes many times its bytes, and no model has so many"""
+
 
 class CheckpointError(ValueError):
     """A file that breaks the contract. The first line names the file, the value and the cure."""
 
 
+def first_bytes(path: Path) -> bytes:
+    """The first 32 bytes of a file. Raises CheckpointError where there is none, or where it is of a kind that holds no
+    weights or runs code."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file. Put it there, or choose another file.")
+        with path.open("rb") as f:
+            start = f.read(32)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be opened: {e.strerror}. Choose another file.") from None
+    safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
+    for magic, what in STRANGERS:
+        if start.startswith(magic) and not safetensors:  # a header's length may begin with any byte
+            raise CheckpointError(f"{path}: not a safetensors file but {what}. Get the model as safetensors.")
+    if not start:
+        raise CheckpointError(f"{path}: not a safetensors file: it is empty. Download it again.")
+    return start
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The JSON header of any safetensors file, with the file's length checked against it. Raises CheckpointError."""
+    """The JSON header of any safetensors file: entries of tensors, and under "__metadata__" strings; the file's length
+    is checked against it. Raises CheckpointError."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Put it there, or choose another file.")
-    size = path.stat().st_size
+    start = first_bytes(path)
+    size, length = path.stat().st_size, int.from_bytes(start[:8], "little")
+    if size < 9 or start[8:9] != b"{" or length > LONGEST:
+        raise CheckpointError(f"{path}: not a safetensors file. Choose another, or download it again.")
     with path.open("rb") as f:
-        start = f.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if size < 9 or start[8:] != b"{" or length > 100_000_000:  # the format's own limit
-            cure = "Convert it to safetensors."
-            if start.startswith(b"version "):
-                cure = "It is a git-lfs pointer: fetch the real file with `git lfs pull`."
-            raise CheckpointError(f"{path}: not a safetensors file. {cure}")
-        text = start[8:] + f.read(length - 1)
+        text = f.read(8 + length)[8:]
     if len(text) < length:
         raise CheckpointError(f"{path}: truncated: {size} bytes, and its header alone is longer. Download it again.")
+    if text.count(b'"data_offsets"') > MOST or text.count(b"[") > 10 * MOST:
+        raise CheckpointError(f"{path}: damaged: its header has more entries than any model. Download it again.")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -35,9 +65,12 @@ def read_header(path: str | Path) -> dict[str, Any]:
     try:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-        whole = size >= expected
+        sound = all(type(n) is int for n in ends)
+        sound &= all(isinstance(s, str) for s in header.get("__metadata__", {}).values())
     except (AttributeError, KeyError, IndexError, TypeError):
-        raise CheckpointError(f"{path}: damaged: its header is not a table of tensors. Download it again.") from None
-    if not whole:
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: damaged: its header is not a table of tensors. Download it again.")
+    if size < expected:
         raise CheckpointError(f"{path}: truncated: {size} of {expected} bytes. Download it again.")
     return header

@@ -187,7 +187,7 @@ def load_file(path: Path, embeddings: list[str], activations: str = "auto", disa
 
     loaded = formats.read(path, stock_formats())
     if "onestep.version" in loaded.metadata:
-        model, clip, vae = native.load(path, embeddings, disable_dynamic, activations)
+        model, clip, vae = native.load(path, embeddings, disable_dynamic, activations, loaded)
     else:
         model, clip, vae = detect.load(path, loaded.weights, loaded.metadata, embeddings, activations)
     for i, patcher in enumerate((model, clip and clip.patcher)):

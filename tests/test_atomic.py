@@ -1,45 +1,87 @@
-"""Files that are whole or absent."""
+"""Files are whole or absent, readable by others, and what a killed process left is cleaned."""
 
 import os
-import time
+import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill.atomic import AGE, write_beside
+from distill.atomic import clean, replace, write_beside
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from distill.atomic import write_beside
+
+def write(temporary):
+    (temporary.parent / ".tmpOwn").write_bytes(b"half a file of a library's own")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_beside(Path(sys.argv[1]), write)
+"""
 
 
-def test_a_file_gets_the_mode_that_umask_gives(tmp_path):
-    """safetensors makes its files readable by their owner alone."""
-    old = os.umask(0o022)
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
+    path = tmp_path / "a.safetensors"
+    replace(path, b"old")
+    run = subprocess.run([sys.executable, "-c", KILLED, path])
+    assert run.returncode == -signal.SIGKILL and len(names(tmp_path)) == 2 and path.read_bytes() == b"old"
+    replace(tmp_path / "b", b"another file")
+    assert names(tmp_path) == ["a.safetensors", "b"]
+
+
+def test_nothing_of_others_is_cleaned(tmp_path):
+    for name in (f".onestep-{os.getppid()}-alive_", ".onestep-notes", ".tmpX", "onestep-1-x"):
+        (tmp_path / name).mkdir()
+    before = names(tmp_path)
+    clean(tmp_path)
+    assert names(tmp_path) == before
+
+
+def test_a_save_inside_a_save_stays(tmp_path):
+    def write(temporary):
+        replace(tmp_path / "inner", b"1")
+        temporary.write_bytes(b"2")
+
+    write_beside(tmp_path / "outer", write)
+    assert names(tmp_path) == ["inner", "outer"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+def test_the_umask_says_who_reads_it(tmp_path):
+    old = os.umask(0o027)
     try:
-        write_beside(tmp_path / "a.safetensors", lambda temporary: save_file({"a": torch.ones(2)}, temporary))
+        write_beside(tmp_path / "a", lambda temporary: save_file({"x": torch.ones(3)}, temporary))
     finally:
         os.umask(old)
-    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
-    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    file = tmp_path / "a"
-    file.write_bytes(b"old")
+@pytest.mark.parametrize(
+    "write", [lambda p: p.write_bytes(bytes(9999)), lambda p: save_file({"x": torch.ones(9999)}, p)]
+)
+def test_a_full_disk_leaves_what_was_there_and_says_so_in_one_line(tmp_path, write):
+    path = tmp_path / "a"
+    replace(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the nearest to a full disk that a test may make
+    try:
+        with pytest.raises(OSError, match=r"/a: cannot be written: .*arge.* unchanged; make room") as e:
+            write_beside(path, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(e.value) and path.read_bytes() == b"old" and names(tmp_path) == ["a"]
 
-    def fails(temporary):
-        (temporary.parent / ".tmpXyZ").write_bytes(b"a writer's own temporary")
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_beside(file, fails)
-    assert file.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
-
-
-def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
-    left, fresh, other = (tmp_path / name for name in (".a.x1.tmp", ".a.x2.tmp", ".b.x3.tmp"))
-    for room in (left, fresh, other):
-        room.mkdir()
-        (room / "half").write_bytes(b"half")
-    for room in (left, other):
-        os.utime(room, (time.time() - 2 * AGE,) * 2)
-    write_beside(tmp_path / "a", lambda temporary: temporary.write_bytes(b"new"))
-    assert not left.exists() and fresh.exists() and other.exists()
+def test_what_is_no_matter_of_the_disk_keeps_its_own_error(tmp_path):
+    with pytest.raises(ValueError, match="Key `x`"):
+        write_beside(tmp_path / "a", lambda temporary: save_file({"x": 1}, temporary))
+    assert names(tmp_path) == []

@@ -5,8 +5,7 @@ Diffusers and transformers are imported when a model is opened.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Cond
-from ..file import checkpoint
+from ..file import checkpoint, tokens
 from ..file.metadata import Metadata
 from ..header import CheckpointError
 from ..layouts import Weights, is_patch
@@ -62,9 +61,11 @@ class StableDiffusion(Backbone):
             weights = checkpoint.unpack(held).parts
         except KeyError as e:
             problem = f"no place for the weight {e}"
-            raise CheckpointError(f"{path}: wrong architecture: {problem}. Write the file again.") from e
-        parts = {name: fill(path, name, empty(name, held.meta), w, dtype).to(device) for name, w in weights.items()}
-        tokenizer = build_tokenizer(held.meta) if "text_encoder" in parts else None
+            raise CheckpointError(f"{path}: wrong architecture: {problem}. {checkpoint.CURE}") from e
+        parts = {
+            name: fill(path, name, empty(name, held.meta, path), w, dtype).to(device) for name, w in weights.items()
+        }
+        tokenizer = build_tokenizer(held.meta, path) if "text_encoder" in parts else None
         return cls(parts, tokenizer, held.meta, Path(path).name, device)
 
     @classmethod
@@ -113,8 +114,9 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def empty(part: str, meta: Metadata) -> nn.Module:
-    """One part of a file without its weights. Raises KeyError for a part this family does not have."""
+def empty(part: str, meta: Metadata, path: str | Path) -> nn.Module:
+    """One part of a file without its weights. Raises CheckpointError where its class does not take the configuration,
+    KeyError for a part this family does not have."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -122,9 +124,16 @@ def empty(part: str, meta: Metadata) -> nn.Module:
     makes = {
         "unet": lambda: UNet2DConditionModel(**config),
         "vae": lambda: PatchAutoencoder.from_config(config) if is_patch(config) else AutoencoderKL(**config),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**config)),
+        "text_encoder": lambda: CLIPTextModel(
+            CLIPTextConfig(**{k: config[k] for k in checkpoint.TEXT_CONFIG if k in config})
+        ),
     }
-    return skeleton(makes[part])
+    make = makes[part]
+    try:
+        return skeleton(make)
+    except Exception as e:  # the libraries check their arguments, each in its own way
+        problem = f"metadata 'architecture.{part}' is refused: {e}".splitlines()[0].rstrip(".")
+        raise CheckpointError(f"{path}: {problem}. {checkpoint.CURE}") from e
 
 
 def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
@@ -135,7 +144,9 @@ def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torc
     try:
         rest = install(module, weights) if packed else weights
     except QuantError as e:
-        raise CheckpointError(f"{path}: wrong architecture: the {what}'s {e}") from None
+        raise CheckpointError(
+            f"{path}: wrong architecture: the {what}'s {str(e).rstrip('.')}. {checkpoint.CURE}"
+        ) from None
     own = tuple(f"{name}." for name in packed)
     expected = {k: v for k, v in module.state_dict().items() if not own or not k.startswith(own)}
     checkpoint.check_fit(path, what, expected, rest)
@@ -144,15 +155,12 @@ def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torc
     return nn.Module.to(module, dtype)  # diffusers' own `to` warns of nothing that matters here
 
 
-def build_tokenizer(meta: Metadata) -> Any:
+def build_tokenizer(meta: Metadata, path: str | Path) -> Any:
     """Metadata -> transformers' tokenizer, padding with the end token to the text encoder's length."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer.from_str(json.dumps(meta.text_encoder["tokenizer"]))
-    config: Mapping = meta.architecture["text_encoder"]
-    ids = {"start": config["bos_token_id"], "end": config["eos_token_id"], **meta.text_encoder}
-    start, end = (inner.id_to_token(ids[k]) for k in ("start", "end"))
+    inner = tokens.parse(path, meta)
+    start, end = map(inner.id_to_token, tokens.start_and_end(meta))
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token=start,

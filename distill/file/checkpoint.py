@@ -22,9 +22,11 @@ import torch
 from .. import layouts
 from ..atomic import write_beside
 from ..header import CheckpointError
-from ..layouts import PREFIXES, UNET, Weights
+from ..layouts import PREFIXES, Weights
+from ..packed import formats
+from ..packed.formats import Loaded
 from ..packed.weight import layers
-from .metadata import Metadata, read_metadata  # noqa: F401  (part of this module's face)
+from .metadata import CURE, Metadata, read_metadata  # noqa: F401  (part of this module's face)
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,18 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = 
     return path
 
 
-def read(path: str | Path) -> Checkpoint:
-    """Read and check a whole file: safetensors, or the GGUF that `distill quantize --format gguf` makes of one. Raises
-    CheckpointError for anything that is not a sound OneStep file."""
-    from ..packed import formats
+def read(path: str | Path, loaded: Loaded | None = None) -> Checkpoint:
+    """Read and check a whole file: safetensors, or the GGUF that `distill quantize --format gguf` makes of one.
 
-    loaded = formats.read(path)
-    meta = Metadata.from_strings(loaded.metadata, path)
-    if part(loaded.weights, UNET) is None:
-        raise CheckpointError(f"{path}: no weights under {UNET!r}. Write the file with distill.file.checkpoint.write.")
+    loaded: what `packed.formats.read` gave for it already. Raises CheckpointError for what is no sound OneStep file.
+    """
+    loaded = loaded or formats.read(path)
+    meta = Metadata.from_strings(loaded.metadata, path, len(loaded.weights))
+    named = {prefix for name, prefix in PREFIXES.items() if meta.architecture.get(name) is not None}
+    for prefix in {*PREFIXES.values()}:
+        if any(key.startswith(prefix) for key in loaded.weights) != (prefix in named):
+            holds = "no weights" if prefix in named else "weights that the metadata's 'architecture' does not name"
+            raise CheckpointError(f"{path}: wrong architecture: {holds} under {prefix!r}. {CURE}")
     return Checkpoint(loaded.weights, meta)
 
 
@@ -150,11 +155,13 @@ def read(path: str | Path) -> Checkpoint:
 
 def check_fit(path: str | Path, what: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]):
     """Raise CheckpointError where weights do not fill a module: the architecture in the metadata is another one."""
-    cure = "The metadata's 'architecture' is not that of these weights: write the file again."
+    cure = f"The metadata's 'architecture' is not that of these weights. {CURE}"
     for name in sorted(expected.keys() ^ found.keys()):
         problem = "lacks" if name in expected else "has no place for"
         raise CheckpointError(f"{path}: wrong architecture: the {what} {problem} {name!r}. {cure}")
     for name, tensor in expected.items():
+        if tensor.is_floating_point() and not found[name].is_floating_point():
+            raise CheckpointError(f"{path}: the {what}'s {name!r} holds {found[name].dtype}, no weights. {CURE}")
         if tensor.shape != found[name].shape:
             shapes = f"{tuple(found[name].shape)} where {tuple(tensor.shape)} is expected"
             raise CheckpointError(f"{path}: wrong architecture: the {what}'s {name!r} is {shapes}. {cure}")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..header import CheckpointError, read_header
 from ..schedule import from_spec
+from .rules import Wrong, need
+from .schema import FIELDS, PARTS, agree, deepest
 
 VERSION = 1
-PREDICTIONS = ("x0", "eps", "v", "flow")
+CURE = "Download the file again, or make it again with `distill train` or OneStep Quantize."
 
 
 @dataclass(frozen=True)
@@ -53,79 +58,83 @@ class Metadata:
     """a ComfyUI graph; dropping the file on the canvas opens it"""
 
     def to_strings(self) -> dict[str, str]:
-        self.check("this model")
+        """As a file's header holds it. Raises CheckpointError where a value cannot be right, or is no JSON."""
+        self.check("this model", "Nothing was written.")
         strings = {"onestep.version": str(VERSION)}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None:
-                strings[f.name] = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+            try:
+                if value is not None:
+                    strings[f.name] = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as e:
+                raise CheckpointError(
+                    f"this model: metadata {f.name!r} is no JSON ({e}). Nothing was written."
+                ) from None
         return strings
 
     @classmethod
-    def from_strings(cls, strings: Mapping[str, str], path: str | Path = "this file") -> Metadata:
-        """Parse and check. Raises CheckpointError naming `path`, the key and the cure."""
+    def from_strings(
+        cls, strings: Mapping[str, str], path: str | Path = "this file", tensors: int | None = None
+    ) -> Metadata:
+        """Parse and check; tensors: how many the file has. Raises CheckpointError with path, key, value and cure."""
         if "onestep.version" not in strings:
             raise CheckpointError(
                 f"{path}: not a OneStep file: its metadata has no 'onestep.version'. "
                 "Open ordinary models with ComfyUI's own loaders; make OneStep files with `distill train`."
             )
         version = strings["onestep.version"]
-        if not version.isdigit() or int(version) > VERSION:
-            raise CheckpointError(f"{path}: written by a newer OneStep (version {version!r}). Update OneStep.")
+        if version not in map(str, range(VERSION + 1)):
+            raise CheckpointError(f"{path}: written by a newer OneStep (version {version[:20]!r}). Update OneStep.")
         values = {}
         for f in fields(cls):
-            if f.name not in strings:
-                continue
-            text = strings[f.name]
-            try:
-                values[f.name] = text if f.type == "str" else json.loads(text)
-            except json.JSONDecodeError as e:
-                raise _metadata_error(path, f.name, f"is not JSON ({e})") from None
-        missing = [k for k in ("architecture", "prediction", "schedule", "t_in", "latent") if k not in values]
-        if missing:
-            raise _metadata_error(path, missing[0], "is missing")
+            if f.name in strings:
+                text = strings[f.name]
+                try:
+                    values[f.name] = text if f.type == "str" else json.loads(text, parse_constant=_no_number)
+                except (ValueError, RecursionError) as e:
+                    raise CheckpointError(f"{path}: metadata {f.name!r} is not JSON ({e}). {CURE}") from None
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise CheckpointError(f"{path}: metadata {f.name!r} is missing. {CURE}")
+        if isinstance(values["latent"], dict):
+            values["latent"] = {"scale": 1.0, "shift": 0.0, "factor": 8} | values["latent"]
         meta = cls(**values)
-        meta.check(path)
+        meta.check(path, tensors=tensors)
         return meta
 
-    def check(self, path: str | Path) -> None:
-        """Raise CheckpointError where a value cannot be right."""
-
-        def need(ok: bool, key: str, problem: str) -> None:
-            if not ok:
-                raise _metadata_error(path, key, problem)
-
-        for key in ("architecture", "schedule", "latent", "guidance", "metrics", "config"):
-            need(isinstance(getattr(self, key), dict), key, "is not an object")
-        for key in ("text_encoder", "quantization", "workflow"):
-            need(isinstance(getattr(self, key), dict | None), key, "is not an object")
-        unet = self.architecture.get("unet")
-        need(isinstance(unet, dict), "architecture", "has no 'unet'")
-        for key in ("in_channels", "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim"):
-            need(key in unet, "architecture", f"has a 'unet' without {key!r}")
-        need(self.prediction in PREDICTIONS, "prediction", f"is {self.prediction!r}, not one of {PREDICTIONS}")
+    def check(self, path: str | Path, cure: str = CURE, tensors: int | None = None) -> None:
+        """Raise CheckpointError where a value cannot be right by itself, beside the others, or for so many tensors."""
         try:
-            schedule = from_spec(self.schedule)
-        except ValueError as e:
-            raise _metadata_error(path, "schedule", f"is wrong: {e}") from None
-        in_range = isinstance(self.t_in, int | float) and 0 <= schedule.time(self.t_in) <= 1
-        need(in_range, "t_in", f"is {self.t_in!r}, outside the schedule")
-        need(isinstance(self.steps, int) and self.steps > 0, "steps", f"is {self.steps!r}, not a number of steps")
-        channels, expected = self.latent.get("channels"), unet.get("in_channels")
-        need(channels == expected, "latent", f"has {channels!r} channels where the U-Net takes {expected!r}")
-        text = self.architecture.get("text_encoder")
-        if text is not None:
-            need(self.text_encoder is not None, "text_encoder", "is missing (the tokenizer)")
-            # with eos_token_id 2, as SD 1.x has it, transformers pools at the highest id: CLIP's end token
-            end, highest = self.text_encoder.get("end"), text.get("vocab_size", 0) - 1
-            fits = text.get("eos_token_id") != 2 or end == highest
-            need(fits, "architecture", f"has eos_token_id 2 where the end token {end} is not the highest id, {highest}")
+            for f in fields(self):
+                FIELDS[f.name](f.name, getattr(self, f.name))
+            parts = PARTS.get(self.family, {})
+            for name, rule in parts.items():
+                rule(f"architecture.{name}", self.architecture.get(name))
+            if parts:
+                agree(self)
+            if tensors is not None:
+                deepest(self, tensors)
+            self._check_times()
+        except Wrong as e:
+            raise CheckpointError(f"{path}: {e}. {cure}") from None
+
+    def _check_times(self) -> None:
+        """Raise Wrong where the schedule has no noise levels, or not at t_in."""
+        schedule = from_spec(self.schedule)
+        try:
+            t = float(schedule.time(self.t_in))
+        except ArithmeticError:
+            t = math.nan
+        need(0 < t <= 1 + 1e-9, "t_in", self.t_in, "a timestep of the schedule")
+        levels = torch.stack([f(torch.tensor([0.0, min(t, 1.0), 1.0])) for f in (schedule.alpha, schedule.sigma)])
+        sound = levels.isfinite().all() and levels[1, 0] < levels[1, 2]
+        need(bool(sound), "schedule", self.schedule, "one whose noise grows and stays finite")
 
 
-def _metadata_error(path: str | Path, key: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path}: metadata {key!r} {problem}. Write the file again with distill.file.write.")
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def read_metadata(path: str | Path) -> Metadata:
     """Metadata from the header alone (no tensors). Raises CheckpointError."""
-    return Metadata.from_strings(read_header(path).get("__metadata__", {}), path)
+    header = read_header(path)
+    return Metadata.from_strings(header.pop("__metadata__", {}), path, len(header))

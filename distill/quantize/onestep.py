@@ -28,21 +28,21 @@ class OneStep(Runnable):
     def open(
         cls, source: Source, options: Quantize, parts: tuple[str, ...], prompts: Prompts | None
     ) -> tuple[OneStep | None, str]:
-        meta = Metadata.from_strings(source.metadata, source.path)
+        meta = Metadata.from_strings(source.metadata, source.path, len(source))
         configs = meta.architecture
         if not configs.get("text_encoder"):
             return None, "data-free: the file holds no text encoder to make its prompts' embeddings"
-        unet, text = empty("unet", meta), empty("text_encoder", meta)
+        unet, text = (empty(name, meta, source.path) for name in ("unet", "text_encoder"))
         names = layouts.unet_to_ldm({n: n for n in unet.state_dict()}, configs["unet"])
         keys = {f"unet.{n}": layouts.UNET + ldm for ldm, n in names.items()}
         names = layouts.text_to_ldm({n: n for n in text.state_dict()})
         keys |= {f"text.{n}": layouts.TEXT + ldm for ldm, n in names.items()}
         missing = next((k for k in keys.values() if k not in source), None)
         if missing is not None:
-            raise CheckpointError(f"{source.path}: wrong architecture: {missing!r} is missing. Write the file again.")
+            raise CheckpointError(f"{source.path}: wrong architecture: {missing!r} is missing. {checkpoint.CURE}")
         self = cls({"unet": unet, "text": text}, keys, source)
         modules = {"unet": unet, "vae": _vae(source, meta), "text_encoder": text}
-        self.model = StableDiffusion(modules, build_tokenizer(meta), meta, source.path.name)
+        self.model = StableDiffusion(modules, build_tokenizer(meta, source.path), meta, source.path.name)
         student = meta.guidance.get("baked")
         self.generator = Generator().manual_seed(options.seed)
         count = options.samples or (256 if student else 32)
@@ -101,4 +101,4 @@ def _vae(source: Source, meta: Metadata) -> nn.Module | None:
     if not weights or config is None:
         return None
     weights = layouts.vae_to_diffusers(weights, config)
-    return fill(source.path, "vae", empty("vae", meta), weights, torch.float32)
+    return fill(source.path, "vae", empty("vae", meta, source.path), weights, torch.float32)

@@ -48,7 +48,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict, Path] | None:
     """
     from safetensors import SafetensorError, safe_open
 
-    clean(folder, "*")
+    clean(folder)
     for path in checkpoints(folder):
         try:
             with safe_open(path, framework="pt") as f:

@@ -11,18 +11,28 @@ from functools import partial
 from pathlib import Path
 
 from ...distill.file import checkpoint
+from ...distill.header import CheckpointError
 from ...distill.layouts import TEXT, UNET, VAE
+from ...distill.packed.formats import Loaded
 from .clip import build_clip
 from .model import build_model
 from .vae import build_vae
 
 
-def load(path: Path, embeddings: list[str], disable_dynamic: bool = False, activations: str = "auto") -> tuple:
+def load(
+    path: Path,
+    embeddings: list[str],
+    disable_dynamic: bool = False,
+    activations: str = "auto",
+    loaded: Loaded | None = None,
+) -> tuple:
     """A file -> (MODEL, CLIP or None, VAE or None); `embeddings` are the folders of textual inversions.
 
-    activations: of layers that are quantized in the file, see distill.packed.layers.
+    activations: of layers that are quantized in the file, see distill.packed.layers; loaded: the file, read already.
     """
-    c = checkpoint.read(path)
+    c = checkpoint.read(path, loaded)
+    if c.meta.family != "stable_diffusion":
+        raise CheckpointError(f"{path}: of the family {c.meta.family!r}, which is not known here. Update OneStep.")
     unet, text, vae = (checkpoint.part(c.weights, prefix) for prefix in (UNET, TEXT, VAE))
     model = build_model(path, c.meta, unet, disable_dynamic, activations)
     clip = build_clip(path, c.meta, text, embeddings, disable_dynamic, activations) if text else None

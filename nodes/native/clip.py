@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,10 @@ import torch
 
 from ...distill.file.checkpoint import check_fit
 from ...distill.file.metadata import Metadata
+from ...distill.file.tokens import parse, start_and_end
 from ...distill.layouts import Weights
 from ...distill.packed.weight import layers
-from .limits import require
+from .limits import require, sound
 from .ops import operations
 from .packed import pack
 from .patcher import Patcher
@@ -37,10 +37,8 @@ class TextModel(comfy.clip_model.CLIPTextModel):
 class Words:
     """The file's tokenizer as SDTokenizer wants it: called like one of transformers'."""
 
-    def __init__(self, tokenizer: dict):
-        from tokenizers import Tokenizer
-
-        self.inner = Tokenizer.from_str(json.dumps(tokenizer))
+    def __init__(self, inner):
+        self.inner = inner
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": self.inner.encode(text).ids}
@@ -61,11 +59,10 @@ def build_clip(
     activations: str = "auto",
 ) -> comfy.sd.CLIP:
     """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
-    config = meta.architecture["text_encoder"]
+    words, length = Words(parse(path, meta)), meta.text_encoder["max_length"]
+    start, end = start_and_end(meta)
+    config = meta.architecture["text_encoder"] | {"eos_token_id": end}  # where ComfyUI pools
     require(path, "CLIP", config, FIXED)
-    ids = {"start": config["bos_token_id"], "end": config["eos_token_id"], **meta.text_encoder}
-    special = {"start": ids["start"], "end": ids["end"], "pad": ids["end"]}
-    words, length = Words(meta.text_encoder["tokenizer"]), meta.text_encoder["max_length"]
 
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data=None):
@@ -82,9 +79,9 @@ def build_clip(
                 device=device,
                 max_length=length,
                 dtype=dtype,
-                textmodel_json_config=dict(config),
+                textmodel_json_config=config,
                 model_class=TextModel,
-                special_tokens=special,
+                special_tokens={"start": start, "end": end, "pad": end},
                 return_projected_pooled=False,
                 model_options=model_options or {},
             )
@@ -96,9 +93,12 @@ def build_clip(
     )
     quantized = bool(layers(weights))
     weights = pack(weights) if quantized else weights
+    with sound(path, "CLIP"):
+        expected = TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict()
+        expected.pop("text_projection.weight", None)
+        check_fit(path, "CLIP", expected, weights)
     # ComfyUI projects the pooled text although nothing here takes the projection: give it something to compute
     weights = {"text_projection.weight": torch.eye(config["hidden_size"])} | weights
-    check_fit(path, "CLIP", TextModel(config, None, "meta", comfy.ops.manual_cast).state_dict(), weights)
     options = {"dtype": comfy.utils.weight_dtype(weights)}  # ComfyUI would round to half; it computes in fp32
     if quantized:
         disable_dynamic = True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from ...distill.file.metadata import CURE
 from ...distill.header import CheckpointError
 
 
@@ -22,3 +25,17 @@ def require_multiples(path: Path, what: str, channels: list[int]) -> None:
     if any(c % channels[0] for c in channels):
         need = f"needs channels that are multiples of the first, the file has {list(channels)}"
         raise CheckpointError(f"{path}: wrong architecture: ComfyUI's {what} {need}. Train with such channels.")
+
+
+@contextmanager
+def sound(path: Path, what: str) -> Iterator[None]:
+    """While a network is made on the meta device: what ComfyUI's class says of its arguments, however it says it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:
+        problem = str(e).strip().splitlines()[:1] or [type(e).__name__]
+        raise CheckpointError(
+            f"{path}: wrong architecture: ComfyUI's {what} cannot be made: {problem[0]}. {CURE}"
+        ) from e

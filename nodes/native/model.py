@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
 import comfy.utils
+import torch
 
 from ...distill.file.checkpoint import check_fit
 from ...distill.file.metadata import Metadata
@@ -18,7 +19,7 @@ from ...distill.header import CheckpointError
 from ...distill.layouts import Weights, per_level
 from ...distill.packed.weight import layers as marked
 from ..recipe import attach
-from .limits import require, require_multiples
+from .limits import require, require_multiples, sound
 from .ops import operations
 from .packed import pack
 from .patcher import Patcher
@@ -64,8 +65,8 @@ class Latent(comfy.latent_formats.LatentFormat):
 
     def __init__(self, latent: dict):
         self.latent_channels = latent["channels"]
-        self.scale_factor, self.shift_factor = latent.get("scale", 1.0), latent.get("shift", 0.0)
-        self.spacial_downscale_ratio = latent.get("factor", 8)
+        self.scale_factor, self.shift_factor = latent["scale"], latent["shift"]
+        self.spacial_downscale_ratio = latent["factor"]
         self.latent_rgb_factors = latent.get("rgb_factors")
         self.latent_rgb_factors_bias = latent.get("rgb_bias")
 
@@ -82,7 +83,8 @@ class Config(comfy.supported_models_base.BASE):
 
     def __init__(self, path: Path, meta: Metadata):
         super().__init__(unet_config(path, meta.architecture["unet"]))
-        require(path, "MODEL", meta.schedule, {"kind": ("ddpm", "flow")})
+        require(path, "MODEL", meta.schedule, {"kind": ("ddpm", "flow"), "beta_schedule": ("scaled_linear",)})
+        require(path, "MODEL", {"prediction": meta.prediction}, {"prediction": tuple(MODEL_TYPES)})
         self.latent_format = Latent(meta.latent)
         self.prediction = meta.prediction
         schedule = meta.schedule
@@ -141,7 +143,7 @@ def unet_config(path: Path, config: dict) -> dict:
                 f"{path}: wrong architecture: ComfyUI's U-Net needs heads of one size, the file has {sorted(sizes)}. "
                 "Train with one number of heads, or with one size."
             )
-        heads, head_size = -1, sizes.pop()
+        heads, head_size = -1, sizes.pop() if sizes else channels[-1]
     pooled = config.get("class_embed_type") == "projection"
     into, out_of = [], []  # transformer blocks per resnet, from the image inwards
     for i in range(len(down)):
@@ -188,8 +190,9 @@ def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: b
     config.set_inference_dtype(dtype, cast)
     if quantized:
         config.custom_operations = operations(cast or dtype, activations=activations)
+    with sound(path, "U-Net"):
+        check_fit(path, "U-Net", Model(config, torch.device("meta")).diffusion_model.state_dict(), weights)
     model = Model(config, mm.unet_inital_load_device(parameters, dtype))
-    check_fit(path, "U-Net", model.diffusion_model.state_dict(), weights)
     dense = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = (Patcher if quantized else dense)(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())

@@ -15,7 +15,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from ...distill.backbones.patch import PatchAutoencoder
 from ...distill.file.checkpoint import check_fit
 from ...distill.layouts import Weights, is_patch
-from .limits import require, require_multiples
+from .limits import require, require_multiples, sound
 
 FIXED = {"norm_num_groups": (32,), "act_fn": ("silu",), "mid_block_add_attention": (True,)}
 
@@ -43,7 +43,7 @@ def build_kl_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
         "dropout": 0.0,
     }
     params = {"ddconfig": ddconfig, "embed_dim": latent}
-    with torch.device("meta"):
+    with sound(path, "VAE"), torch.device("meta"):
         check_fit(path, "VAE", AutoencoderKL(**params).state_dict(), weights)
     vae = comfy.sd.VAE(sd=weights, config={"params": params})
     vae.latent_channels = latent
@@ -53,9 +53,10 @@ def build_kl_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
 
 def build_patch_vae(path: Path, config: dict, weights: Weights) -> comfy.sd.VAE:
     """The tutorial's autoencoder, which ComfyUI has no class for, behind ComfyUI's VAE."""
-    module = PatchAutoencoder.from_config(config)
-    check_fit(path, "VAE", module.state_dict(), weights)
-    module.load_state_dict(weights)
+    with sound(path, "VAE"), torch.device("meta"):
+        module = PatchAutoencoder.from_config(config)
+        check_fit(path, "VAE", module.state_dict(), weights)
+    module.load_state_dict(weights, assign=True)
     return ModuleVAE(module, config["channels"], config["factor"])
 
 

@@ -46,10 +46,10 @@ def broken(server, folder):
     [
         ("absent", "no such file", "choose another"),
         ("cut", "truncated", "Download it again"),
-        ("page", "not a safetensors file", "Convert"),
+        ("page", "not a safetensors file", "as safetensors"),
         ("stranger", "not a OneStep file", "own loaders"),
         ("newer", "newer OneStep", "Update"),
-        ("score", "'score'", "Write the file again"),
+        ("score", "'score'", "make it again"),
     ],
 )
 def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, problem, cure):
@@ -61,9 +61,9 @@ def test_a_bad_file_is_refused_before_anything_runs(client, broken, file, proble
 @pytest.mark.parametrize(
     ("file", "problem", "cure"),
     [
-        ("wider", "the U-Net's", "write the file again"),
-        ("deeper", "the VAE lacks", "write the file again"),
-        ("words", "the CLIP's", "write the file again"),
+        ("wider", "the U-Net's", "make it again"),
+        ("deeper", "the VAE lacks", "make it again"),
+        ("words", "the CLIP's", "make it again"),
         ("groups", "norm_num_groups = 32", "Train with that setting"),
         ("gelu", "act_fn = 'silu'", "distill sample"),
     ],
@@ -81,7 +81,8 @@ def test_a_model_of_another_loader_is_told_which_loader(client):
 
 
 def test_a_prompt_of_another_clip_is_told_which_clip(client, folder):
-    tiny.write(folder / "other.safetensors", text={"hidden_size": 64})
+    other = {"cross_attention_dim": 64, "projection_class_embeddings_input_dim": 64}
+    tiny.write(folder / "other.safetensors", text={"hidden_size": 64}, unet=other)
     graph = one_step("student.safetensors")
     graph["other"] = node("OneStepLoadStudent", file="other.safetensors")
     graph["positive"]["inputs"]["clip"] = ["other", 1]

@@ -225,7 +225,7 @@ def readable(path):
 @pytest.mark.parametrize("moment", ["safetensors.torch.save_file", "distill.atomic.sync", "os.replace"])
 def test_a_crash_while_saving_keeps_the_last_good_one(tmp_path, monkeypatch, moment):
     def crash(*args, **kwargs):
-        for path in (a for a in args if isinstance(a, Path) and a.parent.suffix == ".tmp" and "step-" in a.name):
+        for path in (a for a in args if isinstance(a, Path) and a.name == "new" and "checkpoints" in a.parts):
             path.write_bytes(path.read_bytes()[:500] if path.exists() else b"half")
             raise OSError("no space left on device")
         return real(*args, **kwargs)
@@ -246,9 +246,8 @@ def test_an_unreadable_checkpoint_is_passed_over(tmp_path):
     run("copy", tmp_path / "b")
     newest, older = store.checkpoints(tmp_path / "b" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:1000])
-    left = newest.parent / ".step-00000016.safetensors.1.tmp"
-    left.mkdir()
-    (left / ".tmpXyZ").write_bytes(b"safetensors' own temporary, left by a kill")
+    (newest.parent / ".onestep-4194305-left_").mkdir()  # no system numbers its processes so high
+    (newest.parent / ".onestep-4194305-left_" / ".tmpXYZ").write_bytes(b"by a kill")
     with pytest.warns(UserWarning, match=newest.name):
         assert run("copy", tmp_path / "b", resume=True).step == 12
     assert_same(tmp_path / "a", tmp_path / "b")

@@ -9,18 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...header import CheckpointError, read_header
+from ...header import CheckpointError, first_bytes, read_header
 from . import bitsandbytes, comfy, gguf, nunchaku_names
-
-STRANGERS = (
-    (b"PK\x03\x04", "a zip archive: a PyTorch checkpoint (.ckpt, .pt, .pth), which may run code when it is opened"),
-    (b"\x80", "a pickle, which may run code when it is opened"),
-    (b"<", "a web page: the download failed or wanted a login"),
-    (b"version https://git-lfs", "a git-lfs pointer; fetch the real file with `git lfs pull`"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"\x89HDF", "an HDF5 file"),
-)
-"""first bytes -> what such a file is"""
 
 
 @dataclass(frozen=True)
@@ -66,18 +56,7 @@ def check(path: str | Path) -> None:
 
 def is_gguf(path: Path) -> bool:
     """GGUF, or to be taken for safetensors. Raises CheckpointError for what is clearly neither."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Put it there, or choose another file.")
-    try:
-        with path.open("rb") as f:
-            start = f.read(32)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be opened: {e.strerror}. Change who may read it.") from None
-    safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
-    for magic, what in STRANGERS:
-        if start.startswith(magic) and not safetensors:  # a header's length may begin with any byte
-            raise CheckpointError(f"{path}: not a safetensors file but {what}. Convert it, or get safetensors or GGUF.")
-    return start.startswith(gguf.MAGIC)
+    return first_bytes(path).startswith(gguf.MAGIC)
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
