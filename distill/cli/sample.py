@@ -41,8 +41,8 @@ def run(o: Sample) -> None:
     for prompt in o.prompts:  # bytes of the command line that are no UTF-8 come as surrogates
         need(not any("\ud800" <= c <= "\udfff" for c in prompt), "prompt", prompt, "not UTF-8 text")
     within(o, steps=(1, inf), guidance=(-inf, inf), scale=(1, 64), seed=SEEDS)
-    known = Image.registered_extensions().get(o.out.suffix.lower()) in Image.SAVE
-    need(known, "out", str(o.out), "name a picture, such as samples.png")
+    kind = Image.registered_extensions().get(o.out.suffix.lower())
+    need(kind in Image.SAVE, "out", str(o.out), "name a picture, such as samples.png")
     writable(o.out)
     import torch
 
@@ -60,5 +60,5 @@ def run(o: Sample) -> None:
         sheet.paste(image, (i * width, 0))
     sheet = sheet.resize((sheet.width * o.scale, sheet.height * o.scale), Image.Resampling.NEAREST)
     o.out.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(o.out, sheet.save)
+    write_beside(o.out, lambda temporary: sheet.save(temporary, kind))
     print(o.out)
