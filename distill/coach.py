@@ -19,6 +19,8 @@ from .schedule import Schedule
 
 
 class Coach(Protocol):
+    """What a method needs of a coach: the teacher, the coach itself, and what is trained."""
+
     module: nn.Module
     """Everything that has to be on the device."""
     teacher: Denoiser
@@ -30,7 +32,8 @@ class Coach(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """The trained tensors alone."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave. Raises KeyError or RuntimeError for another coach's."""
 
     def close(self) -> None:
         """Give the teacher's net back as it was; the coach is gone."""
@@ -45,12 +48,15 @@ class CopyCoach:
         self.teacher, self.denoiser = make(frozen), make(trained)
 
     def parameters(self) -> list[nn.Parameter]:
+        """All of the copy."""
         return list(self.module["coach"].parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The copy's weights."""
         return self.module["coach"].state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
         self.module["coach"].load_state_dict(state)
 
     def close(self) -> None:
@@ -110,12 +116,15 @@ class LoraCoach:
                 setattr(self.module.get_submodule(parent), leaf, module.get_base_layer())
 
     def parameters(self) -> list[nn.Parameter]:
+        """The adapters."""
         return list(self._adapters.values())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The adapters by name."""
         return {name: p.detach() for name, p in self._adapters.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave. Raises KeyError for adapters of another rank, net or other targets."""
         if state.keys() != self._adapters.keys():
             odd = sorted(state.keys() ^ self._adapters.keys())
             raise KeyError(f"the saved coach has other adapters, e.g. {odd[0]}: same rank, targets and net needed")

@@ -21,6 +21,8 @@ Net = Callable[[Tensor, Tensor, Cond], Tensor]  # (x, index, cond) -> raw
 
 
 class Denoiser(Protocol):
+    """Anything that estimates x0; it knows the schedule its times mean."""
+
     schedule: Schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -50,12 +52,12 @@ def map_cond(fn: Callable[..., Tensor], *conds: Cond) -> Cond:
 # ------------------------------------------------------------------------------------------- prediction types
 
 
-def _vp_v(alpha, sigma):  # v = alpha eps - sigma x0; the norm is 1 where alpha^2 + sigma^2 = 1
+def _vp_v(alpha: Tensor, sigma: Tensor) -> tuple:  # v = alpha eps - sigma x0; the norm is 1 where alpha^2 + sigma^2 = 1
     norm = alpha**2 + sigma**2
     return alpha / norm, -sigma / norm, 1
 
 
-def _edm(alpha, sigma):  # Karras et al. 2022, table 1, on x_t / alpha
+def _edm(alpha: Tensor, sigma: Tensor) -> tuple:  # Karras et al. 2022, table 1, on x_t / alpha
     s, sd = sigma / alpha, SIGMA_DATA
     norm = (s**2 + sd**2).sqrt()
     return sd**2 / norm**2 / alpha, s * sd / norm, 1 / norm / alpha
@@ -129,6 +131,7 @@ class Guided:
 
     @property
     def schedule(self) -> Schedule:
+        """The denoiser's own."""
         return self.denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -169,6 +172,7 @@ class Autoguided:
 
     @property
     def schedule(self) -> Schedule:
+        """The denoiser's own."""
         return self.denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

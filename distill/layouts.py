@@ -40,7 +40,7 @@ def _invert(table: dict[str, str]) -> dict[str, str]:
     return {ldm: ours for ours, ldm in table.items()}
 
 
-def per_level(value, levels: int) -> list:
+def per_level(value: int | list | tuple, levels: int) -> list:
     """diffusers writes one number for all levels, or a list with one per level."""
     return list(value) if isinstance(value, list | tuple) else [value] * levels
 
@@ -88,10 +88,12 @@ def unet_table(config: dict) -> dict[str, str]:
 
 
 def unet_to_ldm(weights: Weights, config: dict) -> Weights:
+    """Diffusers' names of a U-Net's weights -> LDM's. Raises KeyError for one without a place."""
     return _rename(weights, unet_table(config), "U-Net")
 
 
 def unet_to_diffusers(weights: Weights, config: dict) -> Weights:
+    """LDM's names of a U-Net's weights -> diffusers'. Raises KeyError for one without a place."""
     return _rename(weights, _invert(unet_table(config)), "U-Net")
 
 
@@ -133,6 +135,7 @@ def vae_to_ldm(weights: Weights, config: dict) -> Weights:
 
 
 def vae_to_diffusers(weights: Weights, config: dict) -> Weights:
+    """The way back from `vae_to_ldm`."""
     if is_patch(config):
         return weights
     renamed = _rename(weights, _invert(vae_table(config)), "VAE")
@@ -145,6 +148,7 @@ def text_to_ldm(weights: Weights, config: dict | None = None) -> Weights:
 
 
 def text_to_diffusers(weights: Weights, config: dict | None = None) -> Weights:
+    """The way back from `text_to_ldm`."""
     return {k.removeprefix("text_model."): v for k, v in weights.items()}
 
 

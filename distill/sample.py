@@ -49,6 +49,7 @@ def few_step(denoiser: Denoiser, times: list[float]) -> Callable:
 
 
 def prior_scale(denoiser: Denoiser, t: Tensor, x: Tensor) -> Tensor:
+    """sqrt(alpha^2 + sigma^2) at t, ready to multiply x: the spread of a noised unit-variance latent."""
     return expand((denoiser.schedule.alpha(t) ** 2 + denoiser.schedule.sigma(t) ** 2).sqrt(), x)
 
 
@@ -73,6 +74,7 @@ def dpm_step(x: Tensor, x0: Tensor, now: tuple, then: tuple, before: tuple | Non
 
 
 def half_log_snr(level: tuple) -> Tensor:
+    """log(alpha / sigma) of a level."""
     return level[0].log() - level[1].log()
 
 

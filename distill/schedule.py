@@ -7,13 +7,14 @@ samplers) is written in alpha, sigma and x0, so that a new schedule is one funct
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
 
+Device = str | torch.device | None
 Times = Callable[..., Tensor]  # (n, generator, device) -> t of shape (n,)
 
 
@@ -102,7 +103,7 @@ def flow(shift: float = 1.0, num_train_timesteps: int = 1000) -> Schedule:
     def tau(t: Tensor) -> Tensor:
         return shift * t / (1 + (shift - 1) * t)
 
-    def time(i):
+    def time(i: Tensor | float) -> Tensor | float:
         return (i / num_train_timesteps) / (shift - (shift - 1) * i / num_train_timesteps)
 
     spec = {"kind": "flow", "shift": shift, "num_train_timesteps": num_train_timesteps}
@@ -134,7 +135,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
     def sigma(t: Tensor) -> Tensor:
         return (lo + t * (hi - lo)) ** rho
 
-    def time(i):
+    def time(i: Tensor | float) -> Tensor | float:
         return ((math.e ** (4 * i)) ** (1 / rho) - lo) / (hi - lo)
 
     spec = {"kind": "edm", "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
@@ -172,18 +173,18 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Times:
 def shifted(times: Times, shift: float) -> Times:
     """Draws of `times` moved towards noise, k t / (1 + (k - 1) t)."""
 
-    def draw(n, generator=None, device=None):
+    def draw(n: int, generator: Generator | None = None, device: Device = None) -> Tensor:
         t = times(n, generator, device)
         return shift * t / (1 + (shift - 1) * t)
 
     return draw
 
 
-def randn(shape, generator: Generator | None = None, device=None) -> Tensor:
+def randn(shape: Sequence[int], generator: Generator | None = None, device: Device = None) -> Tensor:
     """Standard normal numbers, drawn where the generator lives (so a CPU generator gives the same on any device)."""
     return torch.randn(*shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
-def rand(shape, generator: Generator | None = None, device=None) -> Tensor:
+def rand(shape: Sequence[int], generator: Generator | None = None, device: Device = None) -> Tensor:
     """Uniform numbers in [0, 1), drawn where the generator lives."""
     return torch.rand(*shape, generator=generator, device=generator.device if generator else device).to(device)

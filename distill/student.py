@@ -25,10 +25,13 @@ class Student:
         return self._call(z, cond)
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """The net's."""
         return self.module.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The net's."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Into the net."""
         self.module.load_state_dict(state)

@@ -12,7 +12,7 @@ from .schedule import Schedule, expand, rand, randn
 class Gaussian:
     """N(mean, std^2) in every coordinate, as a Denoiser. mean and std may be tensors that are still being trained."""
 
-    def __init__(self, mean, std, schedule: Schedule):
+    def __init__(self, mean: Tensor | float, std: Tensor | float, schedule: Schedule):
         self.mean, self.std, self.schedule = mean, std, schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
@@ -47,6 +47,7 @@ class Mixture:
         return logits.softmax(-1)
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """n points of the mixture, (n, D)."""
         mode = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return self.means[mode] + self.std * randn((n, self.means.shape[1]), generator)
 
@@ -57,7 +58,7 @@ def ring(k: int = 8, radius: float = 1.0) -> Tensor:
     return radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def posterior_mean(x_t, alpha, sigma, mean, std):
+def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     """E[x0 | x_t] for x0 ~ N(mean, std^2) and x_t = alpha x0 + sigma eps."""
     return mean + alpha * std**2 / ((alpha * std) ** 2 + sigma**2) * (x_t - alpha * mean)
 
@@ -77,6 +78,7 @@ class MLP(nn.Module):
                 p.copy_((2 * rand(p.shape, generator) - 1) * bound)
 
     def forward(self, x: Tensor, index: Tensor, cond: Cond = None) -> Tensor:
+        """x (B, D), index (B,) -> (B, D)."""
         t = (index / self.scale)[:, None].to(x)
         return self.layers(torch.cat([x, t, (3 * t).cos(), (3 * t).sin()], dim=1))
 
@@ -89,6 +91,7 @@ class Student(nn.Module):
         self.net = MLP(dim, hidden, generator=generator)
 
     def forward(self, z: Tensor, cond: Cond = None) -> Tensor:
+        """z (B, D) -> x0 (B, D)."""
         return z + self.net(z, torch.full((len(z),), self.net.scale))
 
 
@@ -104,10 +107,13 @@ class Coach:
         return self.teacher(x_t, t, cond) + self.module(x_t, self.schedule.index(t))
 
     def parameters(self) -> list[nn.Parameter]:
+        """The net's."""
         return list(self.module.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The net's."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Into the net."""
         self.module.load_state_dict(state)

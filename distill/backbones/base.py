@@ -102,6 +102,7 @@ class Backbone:
         return t
 
     def last_index(self) -> float:
+        """The noisiest timestep, as the net counts them."""
         return float(from_spec(self.meta.schedule).index(torch.ones(())))
 
     def shape(self, n: int, size: int | None = None) -> tuple[int, int, int, int]:

@@ -32,6 +32,7 @@ class StableDiffusion(Backbone):
     main = "unet"
 
     def encode(self, prompts: list[str]) -> Cond:
+        """Prompts, padded with the end token; see the class. Raises CheckpointError where there is no text encoder."""
         if "text_encoder" not in self.parts:
             raise CheckpointError(f"{self.name}: holds no text encoder. Export the file with all three parts.")
         length = self.tokenizer.model_max_length
@@ -45,9 +46,11 @@ class StableDiffusion(Backbone):
         return cond
 
     def call(self, net: nn.Module, x: Tensor, index: Tensor, cond: Cond) -> Tensor:
+        """As diffusers' pipelines call it."""
         return net(x, index, **cond, return_dict=False)[0]
 
     def feature_layers(self, net: nn.Module) -> list[nn.Module]:
+        """Every level on the way down, and the middle."""
         return [*net.down_blocks, net.mid_block]
 
     # ------------------------------------------------------------------------------------------------- opening
@@ -70,6 +73,7 @@ class StableDiffusion(Backbone):
 
     @classmethod
     def from_folder(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> StableDiffusion:
+        """What the file's metadata would say is read from the scheduler's and the VAE's configurations."""
         from diffusers import StableDiffusionPipeline
 
         try:

@@ -29,12 +29,14 @@ Told = Callable[..., None]
 class Trained(Protocol):
     """A student, a coach, or any nn.Module: something with weights that an optimiser changes."""
 
-    def parameters(self) -> Iterable[nn.Parameter]: ...
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What an optimiser may change."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained tensors."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> Any:
+        """Put back what `state_dict` gave."""
 
 
 class Net:
@@ -103,4 +105,5 @@ class Parts:
 class Options(Protocol):
     """A dataclass of a method's options: command line, metadata and saved run are made from its fields."""
 
-    def build(self, parts: Parts) -> Method: ...
+    def build(self, parts: Parts) -> Method:
+        """The method, of a run's parts."""

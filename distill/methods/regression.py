@@ -26,6 +26,8 @@ from .pairs import Pairs, build_pairs
 
 @dataclass(frozen=True)
 class RegressionOptions:
+    """Options of regression on teacher pairs."""
+
     guidance: float = 1.5
     """Guidance of the teacher that makes the pairs; best for the tutorial teacher."""
     solver: Literal["dpm++", "ddim"] = "dpm++"
@@ -78,6 +80,7 @@ class Regression(Method):
         return made
 
     def student_loss(self, batch: dict, generator: Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the loss, readouts) of a batch of pairs."""
         x = self.student(batch["z"], batch["cond"]).float()
         loss = regression(x, batch["x0"])
         logs = {"student_loss": loss, "x_mean": x.mean(), "x_std": x.std()}

@@ -25,6 +25,8 @@ from .vsd import VSD, check_times
 
 @dataclass(frozen=True)
 class SDSOptions:
+    """Options of score distillation without a coach."""
+
     weight: Literal["dmd", "swiftbrush", "one"] = "swiftbrush"
     """Weight w of the student's gradient, losses.WEIGHTS. swiftbrush: sigma^2 on eps, DreamFusion's own."""
     guidance: float = 1.5
@@ -78,4 +80,5 @@ class SDS(VSD):
         """There is no coach."""
 
     def coach_says(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, w: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The samples themselves, where VSD has the coach's estimate of them."""
         return x.detach(), x.detach()

@@ -31,6 +31,8 @@ from .base import Method, Net, Parts, Phase
 
 @dataclass(frozen=True)
 class VSDOptions:
+    """Options of score distillation with a coach."""
+
     weight: Literal["dmd", "tdm", "swiftbrush", "prolificdreamer", "diff_instruct", "one"] = "swiftbrush"
     """Weight w of the student's gradient, losses.WEIGHTS. swiftbrush against dmd in the tutorial world, 250 steps after
     regression, guidance 1.5: Frechet distance 73 against 113, n = 256."""
@@ -133,6 +135,7 @@ class VSD(Method):
         self.coach.close()
 
     def student_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """(a scalar whose gradient is g, readouts); leaves the samples in batch["x"]."""
         cond = batch["cond"]
         x = self.generate(batch, generator)
         batch["x"] = x.detach()
@@ -154,6 +157,7 @@ class VSD(Method):
         return with_plain(guide[self.options.guide], x_t, t, cond)
 
     def coach_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the denoising loss on the student's samples, readouts)."""
         if self.options.coach_batch == "shared" and "x" in batch:
             x = batch["x"]
         else:
@@ -171,10 +175,12 @@ class VSD(Method):
         return self.student(randn(batch["shape"], generator, batch.get("device")), batch["cond"]).float()
 
     def renoise(self, x: Tensor, times: Times, generator: Generator) -> tuple[Tensor, Tensor]:
+        """x (B, ...) noised at t ~ times -> (x_t, t)."""
         t = times(len(x), generator, x.device)
         return self.schedule.noise(x.detach(), t, randn(x.shape, generator, x.device)), t
 
     def draw_guidance(self, x: Tensor, t: Tensor, generator: Generator) -> float | Tensor:
+        """w: a number, or (B,) where it differs from sample to sample."""
         o = self.options
         w = o.guidance
         if o.guidance_max is not None:

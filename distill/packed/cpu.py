@@ -24,6 +24,7 @@ OUTPUTS = 1 << 20
 ROUNDED = 1 << 18
 """numbers rounded to int8 at once"""
 
+Pair = tuple[int, int]
 Pads = tuple[int, int, int, int]  # left, right, top, bottom
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # F.linear's arguments and result
 
@@ -57,7 +58,7 @@ def float_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None, multiply: M
     return y
 
 
-def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> Tensor:
+def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride: Pair, pads: Pads, dilation: Pair) -> Tensor:
     """x (B, C, H, W) -> (B, N, H', W'), channels-last. torch's own convolution, some output channels at a time."""
     x, padding = padded(x, pads)
     n, rows = w.out_features, max(1, min(w.out_features, WEIGHTS // w.in_features))
@@ -92,7 +93,7 @@ def padded(x: Tensor, pads: Pads) -> tuple[Tensor, tuple[int, int]]:
     return (x, (top, left)) if left == right and top == bottom else (F.pad(x, pads), (0, 0))
 
 
-def windows(x: Tensor, shape: tuple[int, ...], stride, dilation) -> Tensor:
+def windows(x: Tensor, shape: tuple[int, ...], stride: Pair, dilation: Pair) -> Tensor:
     """x (B, H, W, C), contiguous and padded -> a view (B, H', W', kh, kw, C): what each output pixel sees."""
     (kh, kw), (sh, sw), (dh, dw) = shape[2:], stride, dilation
     b, h, w, c = x.shape
@@ -130,7 +131,9 @@ def int8_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> tuple[Ten
     return y, rounding_error(w, step.square_().sum(), sizes)
 
 
-def int8_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads: Pads, dilation) -> tuple[Tensor, float]:
+def int8_conv(
+    w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride: Pair, pads: Pads, dilation: Pair
+) -> tuple[Tensor, float]:
     """x (B, C, H, W), each image in 255 steps -> (B, N, H', W') channels-last, and its `rounding_error`
 
     With q = code - 128 and o = the code of 0, x = step (q - o): y = step w_step (w8 q - o sum(w8)) + bias.

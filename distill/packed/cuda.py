@@ -19,6 +19,7 @@ ROWS = 256
 
 @functools.cache
 def module() -> ModuleType | None:
+    """comfy-kitchen, where it is installed and new enough; else None."""
     try:
         import comfy_kitchen
     except ImportError:

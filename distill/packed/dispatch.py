@@ -94,7 +94,7 @@ def _plain(x: Tensor) -> bool:
     return x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad)
 
 
-def pads_of(padding, kernel, dilation) -> cpu.Pads:
+def pads_of(padding: str | cpu.Pair, kernel: cpu.Pair, dilation: cpu.Pair) -> cpu.Pads:
     """Conv2d's padding -> (left, right, top, bottom); "same" puts the odd pixel last, as torch does."""
     if padding == "valid":
         return (0, 0, 0, 0)
@@ -160,7 +160,7 @@ def _patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None, geometry, multi
     return cpu.patches_conv(w, x, bias, *geometry, multiply)
 
 
-def pixels(x: Tensor, stride) -> int:
+def pixels(x: Tensor, stride: cpu.Pair) -> int:
     """Of an output image, about."""
     return x.shape[2] * x.shape[3] // (stride[0] * stride[1])
 

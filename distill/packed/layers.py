@@ -30,6 +30,7 @@ class QuantizedLayer:
 
     @property
     def is_quantized(self) -> bool:
+        """Whether it holds codes rather than a dense weight."""
         return self._spec is not None
 
     def set_quantized(self, w: QuantizedWeight) -> None:
@@ -68,6 +69,7 @@ class QuantizedLayer:
         return y
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As the dense layer's; computes on the packed weight."""
         return self.quantized_forward(x) if self.is_quantized else super().forward(x, *args, **kwargs)
 
     def _compute(self, w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -70,6 +70,7 @@ class QuantizedWeight:
 
     @property
     def out_features(self) -> int:
+        """N, the rows."""
         return self.shape[0]
 
     @property
@@ -79,14 +80,17 @@ class QuantizedWeight:
 
     @property
     def group_size(self) -> int:
+        """Columns that share a scale; all of them for one scale a row."""
         return self.in_features // self.scale.shape[0]
 
     @property
     def format(self) -> str:
+        """The name of its format in the file."""
         return "onestep_codebook" if self.codebook is not None else "onestep_int8" if self.bits == 8 else "awq_w4a16"
 
     @property
     def nbytes(self) -> int:
+        """Of all its tensors."""
         return sum(t.numel() * t.element_size() for t in self.fields().values())
 
     @property
@@ -99,6 +103,7 @@ class QuantizedWeight:
         return {f: t for f in SUFFIXES if (t := getattr(self, f)) is not None}
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device."""
         return replace(self, **{f: t.to(device) for f, t in self.fields().items()})
 
     # ---------------------------------------------------------------------------------------------- meaning

@@ -49,11 +49,13 @@ def scale_of(mean: Tensor, alpha: float) -> Tensor:
 
 
 def round_scaled(weight: Tensor, s: Tensor, bits: int, group: int) -> QuantizedWeight:
+    """W diag(s), rounded to the nearest code, with 1/s stored."""
     q = round_to_nearest(scale_input(weight, s), bits, group)
     return q if (s == 1).all() else replace(q, pre_quant_scale=(1 / s).half())
 
 
 def weight_error(q: QuantizedWeight, weight: Tensor, stats: LayerStats) -> float:
+    """Squared error of the layer's output on the rows that calibration kept."""
     return output_error(to_matrix(q.dequantize() - weight), stats.rows)
 
 

@@ -28,6 +28,7 @@ class LayerStats:
 
     @property
     def channels(self) -> int:
+        """Input channels."""
         return len(self.mean)
 
 

@@ -22,6 +22,7 @@ STEPS, SAMPLES, TEXTS = 8, 4, 64
 
 
 def open_folder(source: Source, options: Quantize) -> tuple[Runnable | None, str]:
+    """A part's folder as something that runs, or None and why it cannot."""
     config = read_json(source.folder / "config.json")
     if "_class_name" not in config:
         return Text.open(source, options, config)
@@ -49,6 +50,7 @@ def named(module: nn.Module, source: Source) -> dict[str, str]:
 
 
 def prompts_of(options: Quantize, count: int) -> list[str]:
+    """`count` prompts, the given ones in turn."""
     given = given_prompts(options)
     return [given[i % len(given)] for i in range(count)]
 
@@ -58,6 +60,7 @@ class Pipeline(Runnable):
 
     @classmethod
     def open(cls, source: Source, options: Quantize, index: dict) -> tuple[Pipeline | None, str]:
+        """The pipeline around a part, its weights streamed; or None and why it cannot run."""
         import diffusers
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -106,6 +109,7 @@ class Pipeline(Runnable):
         self.seen += 1
 
     def outputs(self) -> Tensor:
+        """The net's outputs on the calls that were kept, one after the other."""
         found = [self.modules["net"](*args, **kwargs) for args, kwargs in self.calls]
         return torch.cat([(y[0] if isinstance(y, tuple) else y.sample).flatten() for y in found])
 
@@ -115,6 +119,7 @@ class Text(Runnable):
 
     @classmethod
     def open(cls, source: Source, options: Quantize, config: dict) -> tuple[Text | None, str]:
+        """The encoder and its tokenizer; or None and why it cannot run."""
         import transformers
 
         places = (source.folder, source.folder.parent / source.folder.name.replace("text_encoder", "tokenizer"))
@@ -135,6 +140,7 @@ class Text(Runnable):
         return self, f"calibrated on {len(self.prompts)} prompts"
 
     def run(self, progress: Progress) -> None:
+        """Encode all prompts."""
         for i in range(0, len(self.prompts), 8):
             progress(i, len(self.prompts), "calibrating")
             self._encode(slice(i, i + 8))
@@ -145,6 +151,7 @@ class Text(Runnable):
         return self.modules["net"](input_ids=ids, attention_mask=mask).last_hidden_state
 
     def outputs(self) -> Tensor:
+        """The first prompts' states."""
         return self._encode(slice(0, 8))
 
 

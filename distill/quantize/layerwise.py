@@ -53,9 +53,11 @@ class Quantizer:
     progress: Progress
 
     def dense(self, layer: str) -> Tensor:
+        """A layer's weight in fp32."""
         return self.source[f"{layer}.weight"].float()
 
     def layer(self, layer: str, weight: Tensor, choice: Choice) -> QuantizedWeight:
+        """A layer's weight, quantized. Raises QuantError naming file and layer."""
         try:
             stats = self.stats.get(layer)
             return quantize_layer(weight, choice, self.method, stats, self.options.alpha, self.options.seed)
@@ -63,6 +65,7 @@ class Quantizer:
             raise QuantError(f"{self.source.path}: layer {layer}: {e}") from None
 
     def uniform(self, layer: str) -> Choice:
+        """What every layer becomes where there is no budget."""
         o = self.options
         if self.method == "smoothquant" or o.bits == 8:
             return Choice(8)
@@ -97,6 +100,7 @@ class Quantizer:
         return local, f"the relative error of each layer's {kind}"
 
     def offers(self, layer: str, measure: Sensitivity) -> list[Offer]:
+        """A layer's candidates with their size and damage."""
         dense, found = self.dense(layer), []
         for choice in candidates(dense.shape[1], self.options.bits if self.options.bits < 8 else 4):
             if choice == DENSE:

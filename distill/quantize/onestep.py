@@ -28,6 +28,7 @@ class OneStep(Runnable):
     def open(
         cls, source: Source, options: Quantize, parts: tuple[str, ...], prompts: Prompts | None
     ) -> tuple[OneStep | None, str]:
+        """The file's nets without weights, to be streamed; or None and why it cannot run."""
         meta = Metadata.from_strings(source.metadata, source.path, len(source))
         configs = meta.architecture
         if not configs.get("text_encoder"):
@@ -52,6 +53,7 @@ class OneStep(Runnable):
         return self, f"calibrated on {count} prompts at {what}"
 
     def run(self, progress: Progress) -> None:
+        """Make a picture of every prompt, as the file says."""
         batch = 16
         for i in range(0, len(self.prompts), batch):
             progress(i, len(self.prompts), "calibrating")
@@ -77,10 +79,12 @@ class OneStep(Runnable):
         self.points = [(schedule.noise(x0, t, randn(x0.shape, generator)), t) for t in times]
 
     def outputs(self) -> Tensor:
+        """x0 at the points that `start` made."""
         cond = self.model.encode(self.probe)
         return torch.cat([self.model.denoiser(x, t, cond) for x, t in self.points])
 
     def pictures(self, outputs: Tensor) -> Tensor | None:
+        """x0, decoded."""
         return None if "vae" not in self.model.parts else self.model.decode(outputs)
 
 

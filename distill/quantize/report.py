@@ -26,6 +26,8 @@ class Layer:
 
 @dataclass
 class Report:
+    """What happened to a model, layer by layer and in sum."""
+
     source: str
     out: str
     method: str
@@ -61,9 +63,11 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
         return asdict(self) | {"bits_per_weight": self.bits_per_weight}
 
     def save(self, path: Path) -> None:
+        """Write it as JSON."""
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> str:

@@ -106,6 +106,7 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, 
 
 
 def round_to_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """(R, groups, G) -> codes of so many bits, by the nearest."""
     return (w - zero).div_(scale.clamp(min=1e-30)).add_(8).round_().clamp_(0, 2**bits - 1)
 
 
@@ -113,6 +114,7 @@ def round_to_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def squared(d: Tensor) -> Tensor:
+    """Sum of squares over each group."""
     return d.square_().sum(-1)
 
 

@@ -68,6 +68,7 @@ class Runnable:
     # ------------------------------------------------------------------------------------ what quantizing asks
 
     def calibrate(self, chosen: list[str], options: Quantize, progress: Progress) -> dict[str, LayerStats]:
+        """Run, and tell what flowed into each of the chosen layers (by its key in the file)."""
         wanted = set(chosen)
         kinds = (nn.Linear, nn.Conv2d)
         modules = dict(self.modules.named_modules())
@@ -79,6 +80,7 @@ class Runnable:
         return stats
 
     def is_cheap(self, runs: int) -> bool:
+        """Whether so many runs take minutes rather than hours."""
         return runs * self.size <= CHEAP
 
     @torch.no_grad()
@@ -108,7 +110,9 @@ class Runnable:
         return self.error(found), psnr
 
     def used(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The quantized layers that a run meets."""
         return [n for n in layers(tensors) if n in self.module_of]
 
     def error(self, outputs: Tensor) -> float:
+        """Relative L2 error against the dense model's outputs."""
         return ((outputs - self.reference).norm() / self.reference.norm().clamp(min=1e-30)).item()

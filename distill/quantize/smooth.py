@@ -34,6 +34,7 @@ def smoothquant(weight: Tensor, stats: LayerStats | None, alpha: float | None = 
 
 
 def smoothed(weight: Tensor, stats: LayerStats, alpha: float) -> QuantizedWeight:
+    """W diag(s), rounded to 8 bits, with 1/s stored."""
     peak = peak_of(stats)
     largest = weight.float().abs().transpose(0, 1).flatten(1).amax(1)  # (in,)
     s = _floor(peak) ** alpha / _floor(largest) ** (1 - alpha)

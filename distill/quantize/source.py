@@ -54,6 +54,8 @@ ENDS = re.compile(
 
 @dataclass(frozen=True)
 class Entry:
+    """Where a tensor lies in which file."""
+
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -62,6 +64,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
+        """Its numbers."""
         return math.prod(self.shape)
 
 
@@ -96,6 +99,7 @@ class Source(Mapping):
 
     @property
     def is_onestep(self) -> bool:
+        """Whether it is a file of the contract."""
         return "onestep.version" in self.metadata
 
     @property
@@ -105,6 +109,7 @@ class Source(Mapping):
 
     @property
     def nbytes(self) -> int:
+        """Of all tensors."""
         return sum(e.size for e in self.entries.values())
 
     def part(self, key: str) -> tuple[str, str]:

@@ -30,7 +30,7 @@ def stream(module: nn.Module, weights: Mapping[str, Tensor]) -> list:
 
 
 def _hook(child: nn.Module, names: dict[str, str], empty: dict[str, nn.Parameter], weights: Mapping) -> list:
-    def fill(module: nn.Module, args) -> None:
+    def fill(module: nn.Module, args: tuple) -> None:
         for own, name in names.items():
             t = weights[name]
             if t.shape != empty[own].shape:
@@ -38,7 +38,7 @@ def _hook(child: nn.Module, names: dict[str, str], empty: dict[str, nn.Parameter
                 raise ValueError(f"{name} is {tuple(t.shape)} where the model's configuration says {expected}")
             module._parameters[own] = nn.Parameter(t.float(), requires_grad=False)
 
-    def drop(module: nn.Module, args, output) -> None:
+    def drop(module: nn.Module, args: tuple, output: object) -> None:
         for own, parameter in empty.items():
             module._parameters[own] = parameter
 

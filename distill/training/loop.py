@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,6 +25,9 @@ from ..methods.base import Batches, Method, Phase
 from . import store
 from .options import TrainOptions
 from .state import Run, Step
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Diverged(RuntimeError):
@@ -115,7 +118,9 @@ def train(
         raise
 
 
-def _iteration(run: Run, method: Method, batches: Batches, accelerator, device: torch.device) -> dict[str, float]:
+def _iteration(
+    run: Run, method: Method, batches: Batches, accelerator: Accelerator, device: torch.device
+) -> dict[str, float]:
     """The method's phases, once."""
     o, rank = run.options, accelerator.process_index
     draw, noise = seeded("cpu", o.seed, run.step, rank, 0), seeded(device, o.seed, run.step, rank, 1)
@@ -130,7 +135,9 @@ def _iteration(run: Run, method: Method, batches: Batches, accelerator, device: 
     return logs
 
 
-def _update(run: Run, phase: Phase, drawn: list[dict], noise: Generator, accelerator, device) -> dict[str, float]:
+def _update(
+    run: Run, phase: Phase, drawn: list[dict], noise: Generator, accelerator: Accelerator, device: torch.device
+) -> dict[str, float]:
     """One optimiser step on one net; its readouts. Raises Diverged before anything is changed."""
     o, name, params = run.options, phase.net, run.params[phase.net]
     run.optimizers[name].zero_grad(set_to_none=True)
@@ -160,7 +167,7 @@ def _check(run: Run, logs: dict[str, float]) -> None:
 # ----------------------------------------------------------------------------------------------------- the rest
 
 
-def seeded(device, *numbers: int) -> Generator:
+def seeded(device: str | torch.device, *numbers: int) -> Generator:
     """A generator from some numbers, mixed so that neighbours share nothing (splitmix64)."""
     h = 0
     for n in numbers:
@@ -180,7 +187,7 @@ def undivided() -> Iterator[Callable[[], None]]:
     old = {s: h for s in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(s))}
     asked: list[int] = []
 
-    def wait(signum, frame):
+    def wait(signum: int, frame: Any) -> None:
         if asked:
             old[signum](signum, frame)
         asked.append(signum)
@@ -206,7 +213,7 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def _share(run: Run, accelerator) -> None:
+def _share(run: Run, accelerator: Accelerator) -> None:
     """Every process starts from the first one's weights."""
     if accelerator.num_processes == 1:
         return
@@ -219,7 +226,7 @@ def _share(run: Run, accelerator) -> None:
             run.averages[name].load_state_dict(run.nets[name].module.state_dict())
 
 
-def _agree(seconds: float, accelerator) -> float:
+def _agree(seconds: float, accelerator: Accelerator) -> float:
     """The main process's clock decides for all."""
     if accelerator.num_processes == 1:
         return seconds

@@ -11,6 +11,8 @@ from ..checks import need, positive, within
 
 @dataclass(frozen=True)
 class TrainOptions:
+    """Options of a run, whatever the method."""
+
     steps: int | None = 2000
     """Iterations, coach warm-up included. None: only `minutes` ends the run."""
     minutes: float | None = None

@@ -35,6 +35,7 @@ class Step:
 
     @property
     def student(self) -> nn.Module:
+        """The student as it is now; its average is `ema`."""
         return self.nets["student"]
 
     @property
@@ -74,6 +75,7 @@ class Run:
         return copy.deepcopy(module).requires_grad_(False).eval()
 
     def progress(self) -> float:
+        """0 to 1, by steps or by the clock, whichever is further."""
         o = self.options
         by_steps = self.step / o.steps if o.steps else 0.0
         return min(1.0, max(by_steps, self.seconds / (60 * o.minutes) if o.minutes else 0.0))
@@ -118,6 +120,7 @@ class Run:
         return {name: net.trained for name, net in self.nets.items()} | averages
 
     def save(self, folder: Path) -> Path:
+        """Write a checkpoint; its path."""
         tensors = {f"{n}/{k}": v for n, part in self._parts().items() for k, v in part.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
@@ -153,6 +156,7 @@ class Run:
                 log.warning("resumed with %s %s; it was %s", name, now, before)
 
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """Put everything back. Raises ValueError where a net does not fit."""
         parts: dict[str, dict] = {}
         for key, v in tensors.items():
             part, _, name = key.partition("/")
@@ -172,5 +176,6 @@ class Run:
             setattr(self, name, state[name])
 
     def report(self, row: dict[str, float] | None = None) -> Step:
+        """What the loop yields."""
         nets = {name: net.module for name, net in self.nets.items()}
         return Step(self.step, self.progress(), self.seconds, self.logs, nets, self.averages, row or {})

@@ -21,6 +21,8 @@ from torch import Tensor
 
 
 class Groups(NamedTuple):
+    """A tensor's numbers as codes with a scale, and perhaps a zero, for every group of them."""
+
     codes: Tensor
     """(B, block) uint8 of 0..15, or int8 where bits is 8"""
     scale: Tensor
@@ -68,10 +70,12 @@ def _affine(codes: Tensor, scale: Tensor, least: Tensor) -> Groups:
 
 
 def q4_0(raw: Tensor) -> Groups:
+    """block_q4_0: 32 codes of 4 bits, one scale."""
     return Groups(_shift(raw[:, 2:], (0, 4), 15, 16), _halves(raw, 0), None, 4)
 
 
 def q4_1(raw: Tensor) -> Groups:
+    """block_q4_1: 32 codes of 4 bits, scale and least number."""
     return _affine(_shift(raw[:, 4:], (0, 4), 15, 16), _halves(raw, 0), _halves(raw, 2))
 
 
@@ -80,14 +84,17 @@ def _q5(raw: Tensor, start: int) -> Tensor:
 
 
 def q5_0(raw: Tensor) -> Groups:
+    """block_q5_0: 32 codes of 5 bits, one scale."""
     return Groups(_q5(raw, 2).view(torch.int8) - 16, _halves(raw, 0), None, 8)
 
 
 def q5_1(raw: Tensor) -> Groups:
+    """block_q5_1: 32 codes of 5 bits, scale and least number."""
     return Groups(_q5(raw, 4).view(torch.int8), _halves(raw, 0), _halves(raw, 2), 8)
 
 
 def q8_0(raw: Tensor) -> Groups:
+    """block_q8_0: 32 codes of 8 bits, one scale."""
     return Groups(raw[:, 2:].contiguous().view(torch.int8), _halves(raw, 0), None, 8)
 
 
@@ -100,12 +107,14 @@ def _scales_and_mins(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def q4_k(raw: Tensor) -> Groups:
+    """block_q4_K: 8 groups of 32 codes of 4 bits, 6-bit scales and least numbers."""
     scales, mins = _scales_and_mins(raw[:, 4:16])
     codes = _shift(raw[:, 16:], (0, 4), 15, 32)
     return _affine(codes, _halves(raw, 0).float() * scales, -_halves(raw, 2).float() * mins)
 
 
 def q5_k(raw: Tensor) -> Groups:
+    """block_q5_K: as q4_k, with a fifth bit."""
     scales, mins = _scales_and_mins(raw[:, 4:16])
     high = _shift(raw[:, 16:48], tuple(range(8)), 1, 32)
     codes = _shift(raw[:, 48:], (0, 4), 15, 32) | (high << 4)
@@ -113,18 +122,21 @@ def q5_k(raw: Tensor) -> Groups:
 
 
 def q6_k(raw: Tensor) -> Groups:
+    """block_q6_K: 16 groups of 16 codes of 6 bits, 8-bit scales."""
     codes = _shift(raw[:, :128], (0, 4), 15, 64) | (_shift(raw[:, 128:192], (0, 2, 4, 6), 3, 32) << 4)
     scales = raw[:, 192:208].contiguous().view(torch.int8).float()
     return Groups(codes.view(torch.int8) - 32, _halves(raw, 208).float() * scales, None, 8)
 
 
 def q2_k(raw: Tensor) -> Groups:
+    """block_q2_K: 16 groups of 16 codes of 2 bits, 4-bit scales and least numbers."""
     scales, d, least = raw[:, :16], _halves(raw, 80).float(), _halves(raw, 82).float()
     codes = _shift(raw[:, 16:80], (0, 2, 4, 6), 3, 32)
     return _affine(codes, d * (scales & 15).float(), -least * (scales >> 4).float())
 
 
 def q3_k(raw: Tensor) -> Groups:
+    """block_q3_K: 16 groups of 16 codes of 3 bits, 6-bit scales."""
     low, high = _shift(raw[:, 96:104], (0, 4), 15, 8), _shift(raw[:, 104:108], (0, 2, 4, 6), 3, 4)
     scales = (low | (high << 4)).float() - 32
     codes = _shift(raw[:, 32:96], (0, 2, 4, 6), 3, 32) | (_shift(raw[:, :32], tuple(range(8)), 1, 32) << 2)
@@ -132,10 +144,12 @@ def q3_k(raw: Tensor) -> Groups:
 
 
 def iq4_nl(raw: Tensor) -> Groups:
+    """block_iq4_nl: 32 codes into a fixed book of 16 numbers, one scale."""
     return Groups(_shift(raw[:, 2:], (0, 4), 15, 16), _halves(raw, 0), None, 4, torch.tensor(IQ4, dtype=torch.float16))
 
 
 def iq4_xs(raw: Tensor) -> Groups:
+    """block_iq4_xs: 8 groups of 32 such codes, 6-bit scales."""
     low, high = _shift(raw[:, 4:8], (0, 4), 15, 1), _shift(raw[:, 2:4], (0, 2, 4, 6), 3, 1)
     scales = (low | (high << 4)).float() - 32
     codes = _shift(raw[:, 8:], (0, 4), 15, 16)

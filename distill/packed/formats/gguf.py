@@ -35,6 +35,8 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Info:
+    """Where a tensor lies, and of which type and shape it is."""
+
     name: str
     shape: tuple[int, ...]
     """as torch counts: the last runs fastest"""
@@ -44,6 +46,7 @@ class Info:
 
     @property
     def nbytes(self) -> int:
+        """Of the tensor in the file."""
         return math.prod(self.shape) // self.kind.block * self.kind.nbytes
 
 
@@ -54,15 +57,18 @@ class Cursor:
         self.path, self.data, self.at = path, data, 0
 
     def bytes(self, count: int) -> bytes:
+        """The next n bytes. Raises CheckpointError past the end."""
         if count > len(self.data) - self.at:
             raise broken(self.path, f"its header wants {count} bytes at {self.at} of {len(self.data)}")
         self.at += count
         return self.data[self.at - count : self.at]
 
     def number(self, code: str):
+        """The next number, by struct's letter."""
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
+        """The next counted string."""
         length = self.number("Q")
         if length > LONGEST:
             raise broken(self.path, f"a string of {length} bytes at {self.at}")
@@ -88,6 +94,7 @@ class Cursor:
 
 
 def broken(path: Path, problem: str) -> CheckpointError:
+    """The error for a file that is damaged."""
     return CheckpointError(f"{path}: damaged GGUF: {problem}. Download it again.")
 
 

@@ -32,10 +32,13 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Layer:
+    """One layer as the contract holds it, and its bias."""
+
     weight: QuantizedWeight
     bias: Tensor | None
 
     def entries(self, prefix: str) -> dict[str, Tensor]:
+        """Its tensors by key."""
         tensors = self.weight.to_tensors(prefix)
         return tensors if self.bias is None else tensors | {f"{prefix}.bias": self.bias}
 

@@ -55,6 +55,7 @@ SDXL = {
 
 
 def is_nunchaku(weights: Mapping[str, Tensor]) -> bool:
+    """Whether keys are those of a nunchaku file."""
     return any(k.endswith(".qweight") and k.removesuffix("qweight") + "wscales" in weights for k in weights)
 
 

@@ -15,6 +15,8 @@ from . import bitsandbytes, comfy, gguf, nunchaku_names
 
 @dataclass(frozen=True)
 class Loaded:
+    """A file's tensors and metadata, in the contract's form."""
+
     weights: dict[str, Tensor]
     """dense tensors by key, as the file has them (mapped: they cost memory once touched); a quantized layer L as the
     contract's L.weight, L.weight_scale, ..., L.comfy_quant; stock ComfyUI's formats untouched"""

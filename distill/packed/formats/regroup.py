@@ -44,6 +44,7 @@ class Told:
     dense: list[str] = field(default_factory=list)
 
     def say(self, path: Path, kind: str) -> None:
+        """Log what was rounded again and what stayed dense."""
         if self.rounded:
             log.warning(
                 "%s: %d convolutions rounded again, to 8 bits along channels (%s groups run across kernels): %s",

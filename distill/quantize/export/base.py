@@ -29,6 +29,8 @@ ENDS = re.compile(r"(^|\.)(input_blocks\.0\.0|label_emb\.\d|time_embed)\b")
 
 @dataclass
 class Written:
+    """What was written, and what was not quantized and why."""
+
     path: Path
     layers: dict[str, float] = field(default_factory=dict)
     """quantized layer -> relative L2 error of its weight"""
@@ -75,4 +77,5 @@ def quantizable(weights: Mapping[str, Tensor], only: Collection[str] | None) -> 
 
 
 def is_matrix(key: str, t: Tensor) -> bool:
+    """Whether a tensor is the weight of a Linear or a convolution."""
     return is_layer(key, tuple(t.shape))

@@ -42,6 +42,7 @@ def write(
     only: Collection[str] | None,
     progress: Progress | None,
 ) -> Written:
+    """As `export.write`, in one of FORMATS."""
     from safetensors.torch import save_file
 
     encode = encoder(format)

@@ -51,6 +51,7 @@ def write(
     only: Collection[str] | None,
     progress: Progress | None,
 ) -> Written:
+    """As `export.write`, in one of TYPES."""
     try:
         import gguf
     except ImportError:
@@ -117,6 +118,7 @@ def _add(gguf, writer, name: str, t: Tensor, kind: str, quantize: bool) -> float
 
 
 def architecture_of(path: Path, keys: Collection[str]) -> str:
+    """The name that ComfyUI-GGUF knows a model by. Raises CheckpointError for one it does not."""
     for name, needed in ARCHITECTURES:
         if all(k in keys for k in needed):
             return name
