@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -98,7 +97,8 @@ def main(words: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, old)
 
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NAMED = FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError
+"""The errors of a file system that come of what a user named; the others come of the machine, as a full disk's."""
 MEMORY = "out of memory: take fewer at once (--batch-size, prompts), a smaller model, or another --device"
 
 
@@ -111,11 +111,9 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return 2, text if "pip install" in text else f"{text}: pip install 'onestep[distill]'"
     if isinstance(error, OSError):
         said = f"{error.filename or 'writing'}: {error.strerror.lower()}" if error.strerror else text
-        return (1 if error.errno in NO_ROOM else 2), said
+        return (2 if isinstance(error, NAMED) else 1), said
     if isinstance(error, ValueError):
         return 2, text
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         return 1, MEMORY
-    if kind in ("Diverged", "SafetensorError"):  # by name, as torch is not imported for `--help`
-        return 1, text
-    return None
+    return (1, text) if kind == "Diverged" else None  # by name, as `--help` does not import torch
