@@ -26,12 +26,16 @@ from distill import layouts
 from distill.backbones import load
 from distill.backbones.base import Backbone
 from distill.packed.weight import QuantizedWeight, layers
-from distill.quantize.run import Quantize, quantize_file
+from distill.quantize.opening import open_runnable
+from distill.quantize.options import Quantize
+from distill.quantize.run import quantize_file
+from distill.quantize.source import layers_of, open_source
 from distill.quantize.stream import rounding_activations
 from distill.quantize.views import Dequantized
 from distill.tutorial import shapes
 from distill.tutorial.bundled import bundled
 from distill.tutorial.metrics import Judge, all_right, evaluate, frechet
+from distill.tutorial.prompts import calibration_prompts
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def one(source: Path, how: Quantize, judge: Judge, o: Options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.safetensors"
         start = time.monotonic()
-        report = quantize_file(source, out, how)
+        report = quantize_file(source, out, how, prompts=calibration_prompts)
         seconds = time.monotonic() - start
         tensors = load_file(out)
     model, quantized = dequantized(source, tensors)
@@ -116,13 +120,10 @@ def dequantized(source: Path, tensors: dict) -> tuple[Backbone, dict[str, Quanti
 
 
 def compared(source: Path, tensors: dict) -> tuple[float, float]:
-    from distill.quantize.opening import open_runnable
-    from distill.quantize.source import layers_of, open_source
-
     opened, options = open_source(source), Quantize()
-    subject, _ = open_runnable(opened, options, ("unet",))
-    subject.calibrate(list(layers_of(opened, ("unet",), 64)), options, lambda *_: None)
-    return subject.compare(tensors)
+    runs, _ = open_runnable(opened, options, ("unet",), calibration_prompts)
+    runs.calibrate(list(layers_of(opened, ("unet",), 64)), options, lambda *_: None)
+    return runs.compare(tensors)
 
 
 def packed(tensors: dict, report: dict) -> float:

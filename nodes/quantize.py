@@ -84,8 +84,8 @@ class OneStepQuantize(io.ComfyNode):
                     multiline=True,
                     advanced=True,
                     optional=True,
-                    tooltip="Prompts to calibrate a OneStep file on, one a line. Empty: prompts of the tutorial's "
-                    "shapes. Other files are not run.",
+                    tooltip="Prompts to calibrate a OneStep file on, one a line. Empty: the tutorial's shapes "
+                    "for its models, general prompts for others. Files that are not OneStep's are not run.",
                 ),
             ],
             outputs=[
@@ -147,9 +147,10 @@ def statistics(source: Path, options, prompts: str):
     meta = read_metadata(source)
     if meta.architecture.get("text_encoder") is None:
         return None, "data-free: the file has no text encoder to read prompts with"
-    given = [line.strip() for line in prompts.splitlines() if line.strip()] or calibrate.default_prompts(meta)
+    given = [line.strip() for line in prompts.splitlines() if line.strip()]
+    given, what = (given, f"{len(given)} prompts") if given else calibrate.default_prompts(meta)
     stats = calibrate.calibrate(source, meta, given, options.text_encoder, progress())
-    return stats, calibrate.said(meta, given)
+    return stats, calibrate.said(meta, what)
 
 
 def progress():

@@ -107,11 +107,17 @@ def windows(x: Tensor, shape: tuple[int, ...], stride: Pair, dilation: Pair) -> 
 # ------------------------------------------------------------------------------------------------ int8 activations
 
 
+def grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """zero and step of 256 codes, -128..127, from low to high and 0 among them: x is about step (code - zero)."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = (high - low).div_(255).clamp_(min=1e-30)
+    return (low / -step - 128).round_(), step
+
+
 def image_grids(x: Tensor) -> tuple[Tensor, Tensor]:
-    """low and step, both (B,): 256 codes from each image's smallest number to its largest, 0 among them."""
+    """`grid` of each image's smallest and largest number: zero and step, both (B,)."""
     flat = (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).flatten(1)  # numbers in the order they lie in memory
-    low, high = flat.amin(1).clamp_(max=0), flat.amax(1).clamp_(min=0)
-    return low, (high - low).div_(255).clamp_(min=1e-30)
+    return grid(flat.amin(1), flat.amax(1))
 
 
 def int8_linear(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
@@ -139,8 +145,7 @@ def int8_conv(
     With q = code - 128 and o = the code of 0, x = step (q - o): y = step w_step (w8 q - o sum(w8)) + bias.
     """
     w8, w_step = integer(w)
-    low, step = image_grids(x)
-    zero = (low / -step - 128).round_()  # (B,)
+    zero, step = image_grids(x)
     cut = windows(code_images(x, zero, step, pads), w.shape, stride, dilation)
     b, h, wd = cut.shape[:3]
     n = w.out_features
@@ -183,8 +188,7 @@ def pieces(images: int, lines: int, cost: int):
 
 def round_images(x: Tensor) -> Tensor:
     """x (B, C, H, W) as `int8_conv` sees it: each image rounded to its 256 codes, in floats."""
-    low, step = image_grids(x)
-    zero = (low / -step - 128).round_()
+    zero, step = image_grids(x)
     codes = code_images(x, zero, step, (0, 0, 0, 0)).float()
     view = (-1, 1, 1, 1)
     return ((codes - zero.view(view)) * step.view(view)).permute(0, 3, 1, 2)

@@ -8,6 +8,7 @@ last step bought).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,16 +53,15 @@ def candidates(channels: int, bits: int = 4) -> list[Choice]:
     return [Choice(bits, g) for g in groups if g] + [Choice(8), DENSE]
 
 
-def allocate(offers: Mapping[str, list[Offer]], budget: float) -> dict[str, Offer]:
-    """The offer of each layer, sizes summing to at most `budget` bits. Raises QuantError where even the smallest do
-    not fit."""
+def allocate(offers: Mapping[str, list[Offer]], bits: float, numel: int, fixed: float = 0.0) -> dict[str, Offer]:
+    """The offer of each layer such that all sizes and `fixed` bits sum to at most `bits` times `numel`, all numbers
+    counted. Raises QuantError where even the smallest do not fit."""
     hulls = {layer: hull(some) for layer, some in offers.items()}
     chosen = {layer: 0 for layer in hulls}
-    spent = sum(h[0].size for h in hulls.values())
+    spent, budget = fixed + sum(h[0].size for h in hulls.values()), bits * numel
     if spent > budget:
-        raise QuantError(
-            f"a budget of {budget:.0f} bits is below the {spent:.0f} that the smallest choices take. Raise --budget."
-        )
+        least = math.ceil(100 * spent / numel) / 100
+        raise QuantError(f"a budget of {bits:g} bits a weight is below the {least:.2f} that the smallest choices take")
     steps = [
         ((h[i].damage - h[i + 1].damage) / (h[i + 1].size - h[i].size), layer, i)
         for layer, h in hulls.items()

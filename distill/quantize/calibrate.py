@@ -23,13 +23,24 @@ class LayerStats:
     """(in,): mean |x| of each input channel"""
     rows: Tensor
     """(R, K): a uniform sample of the rows the weight matrix meets, a convolution's patches in OHWI order"""
-    peak: Tensor | None = None
-    """(in,): max |x| of each input channel; None: that of the rows"""
+    low: Tensor | None = None
+    """(in,): the smallest x of each input channel; None: that of the rows"""
+    high: Tensor | None = None
+    """(in,): the largest"""
 
     @property
-    def channels(self) -> int:
-        """Input channels."""
-        return len(self.mean)
+    def range(self) -> tuple[Tensor, Tensor]:
+        """low and high, both (in,)."""
+        if self.low is not None and self.high is not None:
+            return self.low, self.high
+        rows = self.rows.view(-1, len(self.mean))
+        return rows.amin(0), rows.amax(0)
+
+    @property
+    def peak(self) -> Tensor:
+        """(in,): max |x| of each input channel."""
+        low, high = self.range
+        return torch.maximum(-low, high)
 
 
 def collect(
@@ -56,7 +67,7 @@ class _Watch:
 
     def __init__(self, key: str, module: nn.Module, limit: int, generator: Generator):
         self.key, self.limit, self.generator, self.count = key, limit, generator, 0
-        self.total = self.peak = self.rows = None
+        self.total = self.low = self.high = self.rows = None
         self.draws = torch.empty(0)
         self.handle = module.register_forward_pre_hook(self.see, with_kwargs=True)
 
@@ -64,12 +75,14 @@ class _Watch:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         conv = isinstance(module, nn.Conv2d)
         channels = x.movedim(1, -1).flatten(0, -2) if conv else x.flatten(0, -2)  # (M, in)
-        size = channels.abs().float()
-        peak = size.amax(0).cpu()
-        if not peak.isfinite().all():
+        low, high = (t.float().cpu() for t in channels.aminmax(dim=0))
+        if not (low.isfinite() & high.isfinite()).all():
             raise QuantError(f"layer {self.key}: its input is not finite in calibration. Calibrate in fp32.")
-        self.total = size.sum(0).cpu() + (0 if self.total is None else self.total)
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        total = channels.abs().sum(0, dtype=torch.float32).cpu()
+        first = self.total is None
+        self.total = total if first else self.total + total
+        self.low = low if first else torch.minimum(self.low, low)
+        self.high = high if first else torch.maximum(self.high, high)
         self.count += len(channels)
         self.keep(patches(x, module) if conv else _RowsOf(channels))
 
@@ -83,7 +96,7 @@ class _Watch:
         self.draws = torch.cat([draws[old], draws[len(self.draws) :][new]])
 
     def stats(self) -> LayerStats:
-        return LayerStats(self.total / self.count, self.rows, self.peak)
+        return LayerStats(self.total / self.count, self.rows, self.low, self.high)
 
 
 class _RowsOf:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..backbones.base import skeleton
 from ..header import CheckpointError
 from .options import Progress, Quantize
-from .runnable import Runnable, given_prompts
+from .prompts import given_prompts
+from .runnable import Runnable
 from .source import Source, open_source, read_json
 from .stream import stream
 from .views import Renamed
@@ -49,12 +50,6 @@ def named(module: nn.Module, source: Source) -> dict[str, str]:
     return found
 
 
-def prompts_of(options: Quantize, count: int) -> list[str]:
-    """`count` prompts, the given ones in turn."""
-    given = given_prompts(options)
-    return [given[i % len(given)] for i in range(count)]
-
-
 class Pipeline(Runnable):
     """A diffusers pipeline, run as its own code runs it: its scheduler, its guidance, fewer steps."""
 
@@ -82,9 +77,9 @@ class Pipeline(Runnable):
             if isinstance(component, nn.Module):  # tells the pipeline that weights on the meta device run on the CPU
                 add_hook_to_module(component, AlignDevicesHook(io_same_device=True, execution_device="cpu"))
         self.pipe.set_progress_bar_config(disable=True)
-        self.prompts = prompts_of(options, options.samples or SAMPLES)
+        self.prompts, said = given_prompts(options, options.samples or SAMPLES)
         self.steps, self.seed, self.calls, self.seen = options.steps or STEPS, options.seed, [], 0
-        return self, f"calibrated on {len(self.prompts)} prompts at {self.steps} steps of its pipeline"
+        return self, f"calibrated on {said} at {self.steps} steps of its pipeline"
 
     def run(self, progress: Progress) -> None:
         """One prompt at a time; the calls of the first prompt's first, middle and last step are kept as probes."""
@@ -132,12 +127,12 @@ class Text(Runnable):
             return None, f"data-free: transformers has no text encoder called {kind!r}"
         self = cls({"net": net}, {f"net.{n}": k for n, k in named(net, source).items()}, source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
-        self.prompts = prompts_of(options, options.samples or TEXTS)
+        self.prompts, said = given_prompts(options, options.samples or TEXTS)
         length = min(tokenizer.model_max_length, 77)
         self.tokens = tokenizer(
             self.prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        return self, f"calibrated on {len(self.prompts)} prompts"
+        return self, f"calibrated on {said}"
 
     def run(self, progress: Progress) -> None:
         """Encode all prompts."""

@@ -85,7 +85,7 @@ class Quantizer:
         self.progress(len(layers), len(layers), "measuring sensitivity")
         numel = {layer: self.source.entries[f"{layer}.weight"].numel for layer in plan}
         fixed = sum(16 * n for layer, n in numel.items() if layer not in offers)
-        chosen = allocate(offers, self.options.budget * sum(numel.values()) - fixed)
+        chosen = allocate(offers, self.options.budget, sum(numel.values()), fixed)
         return {layer: offer.choice for layer, offer in chosen.items()}, said
 
     def sensitivity(self, layers: list[str], runs: Runnable | None) -> tuple[Sensitivity, str]:

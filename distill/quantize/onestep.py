@@ -13,7 +13,8 @@ from ..header import CheckpointError
 from ..sample import prior_scale
 from ..schedule import randn
 from .options import Progress, Prompts, Quantize
-from .runnable import Runnable, given_prompts
+from .prompts import given_prompts
+from .runnable import Runnable
 from .source import Source
 
 PROBES = 32
@@ -47,10 +48,10 @@ class OneStep(Runnable):
         student = meta.guidance.get("baked")
         self.generator = Generator().manual_seed(options.seed)
         count = options.samples or (256 if student else 32)
-        self.prompts, self.probe = prompts_for(self.model, options, count, prompts)
+        self.prompts, self.probe, said = prompts_for(self.model, options, count, prompts)
         self.steps = options.steps or meta.steps
         what = f"t = {meta.t_in:g}" if student and self.steps == 1 else f"its own {self.steps} steps"
-        return self, f"calibrated on {count} prompts at {what}"
+        return self, f"calibrated on {said} at {what}"
 
     def run(self, progress: Progress) -> None:
         """Make a picture of every prompt, as the file says."""
@@ -90,12 +91,13 @@ class OneStep(Runnable):
 
 def prompts_for(
     model: StableDiffusion, options: Quantize, count: int, prompts: Prompts | None
-) -> tuple[list[str], list[str]]:
-    """(to calibrate on, to measure on): from the options' file, else from the caller, else a few of ours."""
-    if options.prompts is None and prompts is not None and prompts(model, 1, 0) is not None:
-        return prompts(model, count, options.seed), prompts(model, PROBES, PROBE_SEED)
-    given = given_prompts(options)
-    return [given[i % len(given)] for i in range(count)], [given[-1 - i % len(given)] for i in range(PROBES)]
+) -> tuple[list[str], list[str], str]:
+    """(to calibrate on, to measure on, what to call the former): from the options' file, else from the caller, else
+    general ones. Raises ValueError for a file without any."""
+    if options.prompts is None and prompts is not None and (found := prompts(model, count, options.seed)) is not None:
+        return found, prompts(model, PROBES, PROBE_SEED), f"{count} prompts"
+    given, said = given_prompts(options, count)
+    return given, given_prompts(options, PROBES, last=True)[0], said
 
 
 def _vae(source: Source, meta: Metadata) -> nn.Module | None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..packed.weight import QuantizedWeight, layers
-from ..training.prompts import read_prompts
 from .calibrate import LayerStats, collect
 from .options import Progress, Quantize
 from .source import Source
@@ -19,22 +18,6 @@ from .views import Dequantized, Renamed
 CHEAP = 2e10
 """weights run through (those of the model times the candidates tried) up to which sensitivity is measured end to end:
 minutes on a CPU. A model of 50 M weights with 100 layers is there; above it each layer is judged by itself"""
-PROMPTS = (
-    "a photograph of an old fisherman mending a net in the harbour, morning light",
-    "a watercolour painting of a fox asleep under a birch tree",
-    "a city street at night in the rain, neon signs reflected in puddles, cinematic",
-    "a bowl of ramen with a soft egg, seen from above on a wooden table",
-    "portrait of a young woman with freckles and a red scarf, shallow depth of field",
-    "a lighthouse on a cliff in a storm, oil on canvas",
-    "an isometric drawing of a small greenhouse full of cacti",
-    "a steam locomotive crossing a stone viaduct in autumn, wide angle",
-)
-"""calibrated on when no file of prompts is given; pictures of many kinds"""
-
-
-def given_prompts(options: Quantize) -> list[str]:
-    """Of the options' file, else ours. Raises ValueError for a file without any."""
-    return list(PROMPTS) if options.prompts is None else read_prompts(options.prompts)
 
 
 class Runnable:

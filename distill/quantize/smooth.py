@@ -2,7 +2,7 @@
 
 Activations have a few large channels, weights have none: dividing the inputs by s = max|x|^alpha / max|w|^(1 - alpha)
 and multiplying the weights by it moves part of the difficulty over. One scale a row of the weight; activations are
-rounded as they come, with one scale a row (Linear) or one for all (Conv2d).
+rounded as they come, each row (Linear) or image (Conv2d) on a grid of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..packed import cpu
 from ..packed.weight import QuantizedWeight, to_matrix
 from .awq import scale_input, taps
 from .calibrate import LayerStats
@@ -34,33 +35,28 @@ def smoothquant(weight: Tensor, stats: LayerStats | None, alpha: float | None = 
 
 
 def smoothed(weight: Tensor, stats: LayerStats, alpha: float) -> QuantizedWeight:
-    """W diag(s), rounded to 8 bits, with 1/s stored."""
-    peak = peak_of(stats)
+    """W8A8 with the paper's s (in,), kept as pre_quant_scale = 1/s in fp16."""
     largest = weight.float().abs().transpose(0, 1).flatten(1).amax(1)  # (in,)
-    s = _floor(peak) ** alpha / _floor(largest) ** (1 - alpha)
+    s = _floor(stats.peak) ** alpha / _floor(largest) ** (1 - alpha)
     s = s / (s.max() * s.min()).sqrt()
     pre = (1 / s).half()
     return replace(channelwise(scale_input(weight, 1 / pre.float()), int8_activations=True), pre_quant_scale=pre)
 
 
 def w8a8_error(q: QuantizedWeight, weight: Tensor, stats: LayerStats) -> float:
-    """Mean square error of the output on the rows, with the activations rounded too."""
+    """Mean square error of the output on the rows, with the activations rounded too, by `packed.cpu`'s rules. A
+    convolution's images each have their own range there; here it is that of all together, which is no smaller."""
     x, dense = stats.rows, to_matrix(weight).float()
-    pre = q.pre_quant_scale.float() if q.pre_quant_scale is not None else torch.ones(stats.channels)
-    rounded = x * taps(pre, weight)
+    pre = q.pre_quant_scale.float() if q.pre_quant_scale is not None else torch.ones(len(stats.mean))
+    scaled = x * taps(pre, weight)
     if weight.ndim == 4:
-        step = (peak_of(stats) * pre).max() / 127
+        low, high = stats.range
+        zero, step = cpu.grid((low * pre).min(), (high * pre).max())
+        codes = torch.empty(scaled.shape, dtype=torch.int8)
+        cpu.round_into(codes, scaled, 1 / step, zero)
     else:
-        step = rounded.abs().amax(1, keepdim=True) / 127
-    rounded = (rounded / step.clamp(min=1e-30)).round_().clamp_(-127, 127) * step
-    return (rounded @ q.matrix().t() - x @ dense.t()).square_().mean().item()
-
-
-def peak_of(stats: LayerStats) -> Tensor:
-    """Largest |x| of each input channel."""
-    if stats.peak is not None:
-        return stats.peak
-    return stats.rows.view(len(stats.rows), -1, stats.channels).abs().amax((0, 1))
+        zero, (codes, step) = 0, cpu.round_rows(scaled)
+    return (((codes - zero) * step) @ q.matrix().t() - x @ dense.t()).square_().mean().item()
 
 
 def _floor(t: Tensor) -> Tensor:

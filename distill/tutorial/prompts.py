@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Generator
 
 from ..backbones.base import Backbone
@@ -11,8 +13,12 @@ from . import shapes
 
 def speaks(model: Backbone) -> bool:
     """Whether a model knows the words of the tutorial world and no others: it is of this world."""
-    words = set(getattr(model.tokenizer, "get_vocab", dict)())
-    return {w for w in words if not w.startswith("<|")} == set(shapes.vocabulary())
+    return is_vocabulary(getattr(model.tokenizer, "get_vocab", dict)())
+
+
+def is_vocabulary(words: Collection[str]) -> bool:
+    """Whether a tokenizer's words are those of the tutorial world and no others."""
+    return {w for w in map(str, words) if not w.startswith("<|")} == set(shapes.vocabulary())
 
 
 def shape_batches(model: Backbone, batch_size: int) -> Batches:

@@ -11,8 +11,11 @@ import torch
 from ...distill.file.metadata import Metadata
 from ...distill.layouts import TEXT, UNET
 from ...distill.quantize.calibrate import LayerStats, collect
+from ...distill.quantize.options import Quantize
+from ...distill.quantize.prompts import given_prompts
 from ...distill.schedule import from_spec
 from ...distill.tutorial import shapes
+from ...distill.tutorial.prompts import is_vocabulary
 from ..recipe import FewStepSampler, sigmas
 from . import load
 
@@ -60,14 +63,16 @@ def picture(model, clip, meta: Metadata, prompt: str, seed: int) -> None:
     guider.sample(noise, latent, sampler, sigmas(meta, meta.steps), disable_pbar=True, seed=seed)
 
 
-def default_prompts(meta: Metadata, seed: int = 0) -> list[str]:
-    """Of the tutorial's world: 64 for one step, 16 for a teacher's many."""
+def default_prompts(meta: Metadata, seed: int = 0) -> tuple[list[str], str]:
+    """(64 for one step, 16 for a teacher's many; what to call them): of the tutorial's world for its own models."""
     count = 64 if meta.guidance.get("baked") else 16
-    return shapes.sample_prompts(count, torch.Generator().manual_seed(seed))
+    if is_vocabulary(meta.text_encoder["tokenizer"].get("model", {}).get("vocab", ())):
+        return shapes.sample_prompts(count, torch.Generator().manual_seed(seed)), f"{count} prompts"
+    return given_prompts(Quantize(), count)
 
 
-def said(meta: Metadata, prompts: list[str]) -> str:
-    """What the report says about it."""
+def said(meta: Metadata, prompts: str) -> str:
+    """What the report says about it; prompts: what to call them."""
     t = float(from_spec(meta.schedule).time(meta.t_in))
     where = f"t = {meta.t_in:g}" if meta.steps == 1 else f"{meta.steps} steps from time {t:.3g}"
-    return f"calibrated on {len(prompts)} prompts at {where}, in ComfyUI"
+    return f"calibrated on {prompts} at {where}, in ComfyUI"

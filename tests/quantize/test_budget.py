@@ -1,6 +1,7 @@
 """Mixed precision: the budget holds, and no other choice that fits does less damage."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def offers(layers: int, seed: int):
 def test_the_budget_holds_and_the_choice_is_nearly_the_best(seed, share):
     some = offers(5, seed)
     total = sum(o[-1].size for o in some.values()) / 16
-    chosen = allocate(some, share * total)
+    chosen = allocate(some, share, total)
     assert sum(o.size for o in chosen.values()) <= share * total
     best = min(
         sum(o.damage for o in pick)
@@ -44,7 +45,7 @@ def test_the_budget_holds_and_the_choice_is_nearly_the_best(seed, share):
 def test_more_bits_never_do_more_damage():
     some = offers(8, 0)
     total = sum(o[-1].size for o in some.values()) / 16
-    damages = [sum(o.damage for o in allocate(some, b * total).values()) for b in (4.3, 4.6, 5, 6, 8, 12, 16)]
+    damages = [sum(o.damage for o in allocate(some, b, total).values()) for b in (4.3, 4.6, 5, 6, 8, 12, 16)]
     assert damages == sorted(damages, reverse=True) and damages[0] > damages[-1] == 0
 
 
@@ -54,9 +55,16 @@ def test_the_hull_is_convex_and_keeps_the_smallest():
     assert [x.size for x in kept] == [4, 6, 8]
 
 
-def test_a_budget_that_nothing_fits_is_refused():
-    with pytest.raises(QuantError, match="Raise --budget"):
-        allocate(offers(3, 0), 10)
+def test_a_budget_below_the_least_is_refused_and_the_least_is_accepted():
+    """In bits a weight, as the option is; what stays dense counts."""
+    some, fixed = offers(3, 0), 16 * 100.0
+    total = int(sum(o[-1].size for o in some.values()) / 16) + 100
+    with pytest.raises(QuantError, match=r"a budget of 2 bits a weight is below the \d+\.\d\d that") as refused:
+        allocate(some, 2, total, fixed)
+    least = float(re.search(r"the (\d+\.\d\d)", str(refused.value))[1])
+    assert sum(o.size for o in allocate(some, least, total, fixed).values()) + fixed <= least * total
+    with pytest.raises(QuantError):
+        allocate(some, least - 0.01, total, fixed)
 
 
 def test_candidates_are_groups_that_divide_the_channels():

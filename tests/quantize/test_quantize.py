@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from distill import layouts
 from distill.backbones import load
+from distill.backbones.stable_diffusion import StableDiffusion
 from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError, read_header
@@ -20,10 +21,13 @@ from distill.packed.weight import QuantError, QuantizedWeight, layers, unpack_ni
 from distill.quantize import onestep
 from distill.quantize.calibrate import LayerStats
 from distill.quantize.options import Quantize
+from distill.quantize.prompts import GENERAL
 from distill.quantize.run import quantize_file
 from distill.quantize.source import layers_of, open_source
 from distill.quantize.views import Dequantized
 from distill.tutorial.bundled import bundled
+
+encode = StableDiffusion.encode
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def test_a_onestep_file_stays_one(student, tmp_path, method):
     report = quantize_file(student, out, Quantize(method=method, rank=4, samples=4, rows=64))
     assert report.size_after == out.stat().st_size < 0.7 * report.size_before
     assert 0 < report.output_error < (0.06 if method == "smoothquant" else 0.3)
-    assert report.psnr > 20 and "calibrated on 4 prompts at t = 999" in report.table()
+    assert report.psnr > 20 and "calibrated on 4 general prompts at t = 999" in report.table()
     before, after = load(student), load(out)
     expected = {"auto": "awq"}.get(method, method)
     assert after.meta.quantization["method"] == metadata(out)["method"] == expected
@@ -68,6 +72,24 @@ def test_a_onestep_file_stays_one(student, tmp_path, method):
     assert all(getattr(before.meta, k) == getattr(after.meta, k) for k in kept)
     images = [m.sample(["a red ring"], torch.Generator().manual_seed(0)) for m in (before, after)]
     assert (images[0] - images[1]).square().mean() < 0.05 * images[0].square().mean()
+
+
+def test_prompts_come_from_the_file_then_the_caller_then_are_general(student, tmp_path, monkeypatch):
+    """What each part is calibrated on, and that the report says it."""
+    seen = []
+    monkeypatch.setattr(StableDiffusion, "encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    (tmp_path / "p.txt").write_text("a red ring\n\na blue star\na pink heart\n")
+    caller = lambda model, n, seed: [f"{seed}"] * n  # noqa: E731
+    how, out = {"samples": 2, "rows": 16}, tmp_path / "a.safetensors"
+    for prompts, options, said, first, last in (
+        (caller, {"prompts": tmp_path / "p.txt"}, "2 prompts", "a red ring", "a pink heart"),
+        (caller, {}, "2 prompts", "0", str(onestep.PROBE_SEED)),
+        (lambda *_: None, {}, "2 general prompts", GENERAL[0], GENERAL[-1]),
+    ):
+        seen.clear()
+        report = quantize_file(student, out, Quantize(**how, **options), prompts=prompts, force=True)
+        assert f"calibrated on {said} at" in report.calibration
+        assert seen[0] == first and seen[2] == last  # the first of the probes, which measure
 
 
 def test_what_is_quantized_and_what_is_not(student, tmp_path):
@@ -153,7 +175,7 @@ def test_the_budget_is_kept_and_spent(student, tmp_path, calibrate):
 def test_a_pipeline_s_folder_is_run_as_its_pipeline_runs(pipeline, tmp_path):
     out = tmp_path / "unet.safetensors"
     report = quantize_file(pipeline, out, Quantize(samples=2, steps=3, rows=64))
-    assert "2 prompts at 3 steps of its pipeline" in report.calibration and 0 < report.output_error < 0.3
+    assert "2 general prompts at 3 steps of its pipeline" in report.calibration and 0 < report.output_error < 0.3
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
@@ -185,7 +207,7 @@ def test_clip_and_t5_folders(pipeline, tmp_path):
     for folder in (pipeline / "text_encoder", tmp_path / "t5"):
         out = tmp_path / f"{folder.name}.safetensors"
         report = quantize_file(folder, out, Quantize(samples=8, rows=64))
-        assert report.calibration == "calibrated on 8 prompts" and 0 < report.output_error < 0.3
+        assert report.calibration == "calibrated on 8 general prompts" and 0 < report.output_error < 0.3
         names = layers(load_file(out))
         assert len(names) == 12 and not any("embed" in n or "shared" in n or "bias" in n for n in names)
 
@@ -223,7 +245,7 @@ def test_refusals_name_the_file_and_the_cure(student, tmp_path):
         quantize_file(tmp_path, new)
     with pytest.raises(QuantError, match="awq needs calibration"):
         quantize_file(student, new, Quantize(method="awq", calibrate=False))
-    with pytest.raises(QuantError, match="Raise --budget"):
+    with pytest.raises(QuantError, match=r"a budget of 2 bits a weight is below the \d\.\d\d"):
         quantize_file(student, new, Quantize(budget=2.0, calibrate=False))
     with pytest.raises(QuantError, match="leave out --text-encoder"):
         Quantize(format="nvfp4", text_encoder=True)

@@ -5,7 +5,7 @@ import torch
 
 from distill.packed.weight import to_matrix, unpack_nibbles
 from distill.quantize import awq, lowrank, rounding, smooth
-from distill.quantize.calibrate import LayerStats, relative_error
+from distill.quantize.calibrate import LayerStats, collect, relative_error
 
 
 def make(*shape, seed=0):
@@ -163,7 +163,6 @@ def test_a_branch_helps_and_repeats_by_seed(shape):
 def test_w8a8_is_near_lossless_and_smoothing_helps(shape):
     w = make(*shape)
     stats = seen(w)
-    stats = LayerStats(stats.mean, stats.rows, smooth.peak_of(stats))
     norm = (stats.rows @ to_matrix(w).t()).square().mean()
     plain = smooth.smoothquant(w, None)
     found = smooth.smoothquant(w, stats)
@@ -178,8 +177,33 @@ def test_smoothing_evens_inputs_out_as_the_paper_says():
     w = make(16, 64)
     stats = seen(w)
     q = smooth.smoothed(w, stats, 0.5)
-    even = smooth.peak_of(stats) * q.pre_quant_scale.float()
+    even = stats.peak * q.pre_quant_scale.float()
     largest = (w / q.pre_quant_scale.float()).abs().amax(0)
     torch.testing.assert_close(
         even / largest, torch.full((64,), (even / largest)[0].item()), rtol=5e-3, atol=0
     )  # eq. 4
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_alpha_is_searched_by_the_error_that_the_kernels_make(kind):
+    """On inputs with few negative numbers, where 127 steps either side of 0 would be twice as coarse as 256 codes."""
+    from distill.packed import cpu
+
+    x = torch.nn.functional.silu(4 * make(1, 64, 9, 9, seed=2) * 8)
+    if kind == "conv":
+        w = make(32, 64, 3, 3)
+        module = torch.nn.Conv2d(64, 32, 3, padding=1, bias=False)
+    else:
+        w, x = make(32, 64), x.flatten(2)[0].t().contiguous()
+        module = torch.nn.Linear(64, 32, bias=False)
+    module.weight.data = w
+    stats = collect(module, {"": "layer"}, lambda: module(x), rows=4096)["layer"]
+    for alpha in (0.0, 0.5):
+        q = smooth.smoothed(w, stats, alpha)
+        pre = q.pre_quant_scale.float()
+        if kind == "conv":
+            y = cpu.int8_conv(q, x * pre.view(-1, 1, 1), None, (1, 1), (1, 1, 1, 1), (1, 1))[0]
+        else:
+            y = cpu.int8_linear(q, x * pre, None)[0]
+        made = (y - module(x)).square().mean().item()
+        assert smooth.w8a8_error(q, w, stats) == pytest.approx(made, rel=1e-3)
