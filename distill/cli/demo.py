@@ -96,6 +96,6 @@ def finish(o: Demo, teacher, about: dict) -> dict:
     teacher.save_student(file, student.net, metrics={"1 step": rows["student, 1 step"]}, **about)
     print_table(rows)
     print(f"\n{o.out}/comparison.png shows the three side by side; {o.out}/report.json holds the figures.")
-    if write_workflow(o.out):
-        print(f"In ComfyUI: put {file} into models/diffusion_models, drop {o.out}/workflow.json on the page.")
+    write_workflow(o.out)
+    print(f"In ComfyUI: put {file} into models/diffusion_models, drop {o.out}/workflow.json on the page.")
     return report

@@ -121,15 +121,13 @@ def draw_sheet(prompts: list[str], columns: dict[str, Tensor], below: dict[str, 
     figure.savefig(path)
 
 
-def write_workflow(out: Path) -> bool:
-    """A graph that loads student.safetensors, from the repository's own workflow; False where that is not there."""
-    source = Path(__file__).parents[2] / "workflows" / "one-step-text-to-image.json"
-    if not source.exists():
-        print(f"No workflow.json: {source} is not there (installed without the repository).")
-        return False
-    graph = json.loads(source.read_text())
+def write_workflow(out: Path) -> None:
+    """out/workflow.json: the first of the shipped workflows, with the student that lies beside it."""
+    here = Path(__file__)
+    homes = here.parents[2] / "workflows", here.parent / "workflows"  # of the repository; of a wheel
+    source = next(p for home in homes if (p := home / "one-step-text-to-image.json").exists())
+    graph = json.loads(source.read_text(encoding="utf-8"))
     for node in graph["nodes"]:
         if node["type"] == "OneStepLoadStudent":
             node["widgets_values"][0] = "student.safetensors"
     (out / "workflow.json").write_text(json.dumps(graph, indent=2) + "\n")
-    return True

@@ -84,7 +84,7 @@ def floors(model: Backbone, judge: Judge, **how: Any) -> dict[str, dict]:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown: one row a generator, as means over seeds with half the distance between the extremes."""
+    """Markdown, aligned: a row per generator, as means over seeds with half the distance between the extremes."""
 
     def cell(row: dict, field: str) -> str:
         if field not in row:
@@ -94,11 +94,12 @@ def table(rows: dict[str, dict]) -> str:
 
     some = next(iter(rows.values()))
     count = len(some.get("seeds", [0]))
-    lines = [f"| n = {some['n']}" + (f", {count} seeds" if count > 1 else "") + " | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cell(row, field) for field in COLUMNS.values()) + " |")
-    return "\n".join(lines)
+    head = [f"n = {some['n']}" + (f", {count} seeds" if count > 1 else ""), *COLUMNS]
+    cells = [[name, *(cell(row, field) for field in COLUMNS.values())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(head, *cells)]
+    lines = [" | ".join(text.ljust(width) for text, width in zip(line, widths)) for line in (head, *cells)]
+    lines.insert(1, "-|-".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def print_table(rows: dict[str, dict]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import tiny
 import torch
 
 from distill.backbones import load
+from distill.backbones.base import weaker
+from distill.file import checkpoint
 from distill.file.metadata import read_metadata
+from distill.header import CheckpointError
 from distill.tutorial.bundled import bundled
 
 TRAIN = ["--steps", "2", "--batch-size", "2", "--device", "cpu", "--save-every", "1"]
@@ -142,3 +146,23 @@ def test_output_that_is_no_terminal_gets_a_line_every_tenth(place, door):
     lines = [line for line in err.splitlines() if line.startswith("vsd: ")]
     assert [line.split(",")[0] for line in lines] == [f"vsd: {10 * i} %" for i in range(1, 11)]
     assert "coach_ratio" in lines[-1] and "\r" not in err
+
+
+def test_what_is_recorded_is_what_was_done(place, door):
+    how = ["--rank", 4, "--autoguidance", 2, "--guidance", 4.5, "--prompts", place / "prompts.txt"]
+    code, _, err = door("train", "vsd", *TRAIN, *how, "--out", "run")
+    assert code == 0, err
+    meta = read_metadata("run/student.safetensors")
+    assert meta.method == "vsd" and meta.teacher == "teacher.safetensors"
+    assert meta.guidance == {"scale": 4.5, "baked": True}
+    assert meta.config["steps"] == 2 and meta.config["guidance"] == 4.5 and meta.config["prompts"] == "prompts.txt"
+    assert str(place) not in json.dumps(meta.config)
+    assert "rel_gap" in Path("run/log.csv").read_text().splitlines()[0]
+
+
+def test_a_weak_teacher_called_otherwise_is_refused(tmp_path):
+    weak = checkpoint.read(bundled("weak"))
+    other = replace(weak.meta, schedule={**weak.meta.schedule, "shift": 1.0})
+    path = checkpoint.write(tmp_path / "other.safetensors", checkpoint.Checkpoint(weak.weights, other))
+    with pytest.raises(CheckpointError, match="other.safetensors: schedule"):
+        weaker(load(bundled("teacher")), load(path))

@@ -1,0 +1,22 @@
+"""The bundled models are as good as they say."""
+
+from distill.backbones import load
+from distill.file.metadata import read_metadata
+from distill.tutorial import metrics
+from distill.tutorial.bundled import bundled
+
+
+def test_bundled_models_are_small_and_carry_their_figures():
+    total = sum(bundled(name).stat().st_size for name in ("teacher", "student", "weak", "judge"))
+    assert total < 30e6
+    for name, steps in (("teacher", "50 steps"), ("student", "1 step")):
+        report = read_metadata(bundled(name)).metrics[steps]
+        assert report["n"] == 1024 and report["accuracy"] > 0.95 and report["held_out_accuracy"] > 0.85
+
+
+def test_bundled_student_is_as_good_as_its_card():
+    student = load(bundled("student"))
+    report = metrics.evaluate(student.sample, metrics.Judge.load(), n=256)
+    card = student.meta.metrics["1 step"]
+    assert report.accuracy > card["accuracy"] - 0.04
+    assert abs(report.clean - card["clean"]) < 0.1
