@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from .options import Progress, Quantize
 from .report import Layer
 from .runnable import Runnable
 from .source import Source, as_stored
+
+log = logging.getLogger(__name__)
 
 Sensitivity = Callable[[str, Tensor, QuantizedWeight], float]  # layer, dense weight, candidate -> damage
 
@@ -36,6 +39,30 @@ def quantize_layer(
     if method == "rtn":
         return rounding.round_to_nearest(weight, choice.bits, choice.group)
     return rounding.clip(weight, choice.bits, choice.group, stats.rows if stats is not None else None)
+
+
+def method_of(options: Quantize, calibrated: bool, why: str) -> str:
+    """The method `auto` stands for. Raises QuantError where a method needs what is not there; why: what to say then."""
+    if options.method == "auto":
+        return "awq" if calibrated else "clip"
+    if options.method in ("scale", "awq") and not calibrated:
+        raise QuantError(f"method {options.method} needs calibration ({why}). Use auto or clip, which do without.")
+    return options.method
+
+
+def uniform(options: Quantize, method: str, channels: int) -> Choice:
+    """What every layer becomes where there is no budget, with the group that its input channels allow."""
+    if method == "smoothquant" or options.bits == 8:
+        return Choice(8)
+    return Choice(options.bits, group_for(channels, options.group_size), options.rank if method == "svd" else 0)
+
+
+def tell_unseen(layers: Iterable[str], stats: Mapping[str, LayerStats]) -> None:
+    """Warn of layers that calibration, where there was one, never reached."""
+    unseen = [layer for layer in layers if layer not in stats]
+    if stats and unseen:
+        what = "layers never ran in calibration and go by their weights"
+        log.warning("%d %s: %s", len(unseen), what, ", ".join(unseen[:5]))
 
 
 def _sides(weight: Tensor) -> tuple[int, int]:
@@ -64,19 +91,12 @@ class Quantizer:
         except QuantError as e:
             raise QuantError(f"{self.source.path}: layer {layer}: {e}") from None
 
-    def uniform(self, layer: str) -> Choice:
-        """What every layer becomes where there is no budget."""
-        o = self.options
-        if self.method == "smoothquant" or o.bits == 8:
-            return Choice(8)
-        group = group_for(self.source.entries[f"{layer}.weight"].shape[1], o.group_size)
-        return Choice(o.bits, group, o.rank if self.method == "svd" else 0)
-
     def choose(self, plan: dict[str, str], runs: Runnable | None) -> tuple[dict[str, Choice], str]:
         """Each layer's choice, and what decided on it ("" where all are alike)."""
         layers = [layer for layer, why in plan.items() if why == ""]
         if self.options.budget is None:
-            return {layer: self.uniform(layer) for layer in layers}, ""
+            channels = {layer: self.source.entries[f"{layer}.weight"].shape[1] for layer in layers}
+            return {layer: uniform(self.options, self.method, n) for layer, n in channels.items()}, ""
         measure, said = self.sensitivity(layers, runs)
         offers: dict[str, list[Offer]] = {}
         for i, layer in enumerate(layers):

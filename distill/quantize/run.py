@@ -21,7 +21,7 @@ from torch import Tensor
 from ..atomic import write_beside
 from ..packed.weight import QuantError
 from .calibrate import LayerStats
-from .layerwise import Quantizer
+from .layerwise import Quantizer, method_of, tell_unseen
 from .opening import open_runnable
 from .options import Progress, Prompts, Quantize
 from .report import Report
@@ -64,13 +64,9 @@ def quantize_file(
     runs, calibration = _calibration(source, options, parts, stats, prompts)
     if runs is not None:
         stats = runs.calibrate([k for k, why in plan.items() if why == ""], options, progress)
-    method = method_of(options, stats, calibration)
+    method = method_of(options, bool(stats), calibration)
     stats = {k.removesuffix(".weight"): s for k, s in (stats or {}).items()}
-    unseen = [k for k, why in plan.items() if why == "" and k not in stats]
-    if stats and unseen:
-        log.warning(
-            "%d layers never ran in calibration and go by their weights: %s", len(unseen), ", ".join(unseen[:5])
-        )
+    tell_unseen((k for k, why in plan.items() if why == ""), stats)
     report = Report(str(source.path), str(out), method, calibration, size_before=source.nbytes)
     work = Quantizer(source, options, method, stats, progress)
     choices, report.sensitivity = work.choose(plan, runs)
@@ -98,15 +94,6 @@ def checked(source: Path, out: Path, options: Quantize, force: bool) -> Quantize
         suffix = ".gguf" if options.format.startswith("gguf") else ".safetensors"
         raise QuantError(f"{out}: format {options.format} is written to a {suffix} file: rename it")
     return options
-
-
-def method_of(options: Quantize, stats: Mapping | None, why: str) -> str:
-    """The method `auto` stands for. Raises QuantError where a method needs what is not there."""
-    if options.method == "auto":
-        return "awq" if stats else "clip"
-    if options.method in ("scale", "awq") and not stats:
-        raise QuantError(f"method {options.method} needs calibration ({why}). Use auto or clip, which do without.")
-    return options.method
 
 
 def _calibration(

@@ -65,8 +65,41 @@ def test_some_layers_only():
     assert [type(net[i]) for i in (2, 5)] == [nn.Conv2d, QuantLinear]
 
 
+@torch.no_grad()
+def test_layers_that_compute_in_their_own_way_stay_dense():
+    """Attention of torch's own reads its projections' weights itself; reflected borders are not the packed layers'."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(64, 4, batch_first=True),
+            "mirror": nn.Conv2d(64, 8, 3, padding=1, padding_mode="reflect"),
+            "linear": nn.Linear(64, 64),
+        }
+    ).eval()
+    x = torch.randn(2, 5, 64, generator=generator())
+    expected = net["attention"](x, x, x)[0]
+    distill.quantize_(net)
+    assert [type(net[n]) for n in ("mirror", "linear")] == [nn.Conv2d, QuantLinear]
+    assert torch.equal(net["attention"](x, x, x)[0], expected)
+
+
+@torch.no_grad()
+def test_layers_that_never_ran_are_told(caplog):
+    net = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    distill.quantize_(net, run=lambda: net["a"](torch.ones(1, 64)))
+    assert type(net["b"]) is QuantLinear and "1 layers never ran in calibration" in caplog.text and ": b" in caplog.text
+
+
+@torch.no_grad()
+def test_half_precision_modules():
+    net, x = build().bfloat16(), X.bfloat16()
+    before = net(x)
+    distill.quantize_(net, run=lambda: net(x))
+    assert net(x).dtype == torch.bfloat16 and error(net(x).float(), before.float()) < 0.15
+
+
 def test_what_cannot_be_asked():
-    with pytest.raises(QuantError, match="awq needs calibration: pass run"):
+    with pytest.raises(QuantError, match=r"awq needs calibration \(pass run\)"):
         distill.quantize_(build(), distill.Quantize(method="awq"))
     with pytest.raises(QuantError, match="use quantize_file"):
         distill.quantize_(build(), distill.Quantize(budget=4.5))
