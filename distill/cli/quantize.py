@@ -19,7 +19,7 @@ class QuantizeFile:
     """A safetensors file (OneStep, diffusion model, full checkpoint, text encoder), a diffusers folder or one of its
     parts, or the bundled student or teacher."""
     out: tyro.conf.Positional[Path]
-    """The safetensors file to write."""
+    """The file to write: safetensors, or GGUF where it is called so."""
     options: tyro.conf.OmitArgPrefixes[Quantize] = field(default_factory=Quantize)
     report: Path | None = None
     """Also write the whole report, layer by layer, to this JSON file."""

@@ -54,7 +54,8 @@ def quantize_file(
     source = open_source(source)
     parts = ("unet", "text") if options.text_encoder or source.part("")[0] == "text" else ("unet",)
     plan = layers_of(source, parts, options.group_size, options.keep)
-    if not any(why == "" for why in plan.values()):
+    chosen = [layer for layer, why in plan.items() if why == ""]
+    if not chosen:
         raise QuantError(f"{source.path}: no layer to quantize. Name a diffusion model or a text encoder.")
     if options.format != "onestep":
         from .export import export_file
@@ -63,10 +64,10 @@ def quantize_file(
 
     runs, calibration = _calibration(source, options, parts, stats, prompts)
     if runs is not None:
-        stats = runs.calibrate([k for k, why in plan.items() if why == ""], options, progress)
+        stats = runs.calibrate(chosen, options, progress)
     method = method_of(options, bool(stats), calibration)
     stats = {k.removesuffix(".weight"): s for k, s in (stats or {}).items()}
-    tell_unseen((k for k, why in plan.items() if why == ""), stats)
+    tell_unseen(chosen, stats)
     report = Report(str(source.path), str(out), method, calibration, size_before=source.nbytes)
     work = Quantizer(source, options, method, stats, progress)
     choices, report.sensitivity = work.choose(plan, runs)

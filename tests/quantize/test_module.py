@@ -68,7 +68,6 @@ def test_some_layers_only():
 @torch.no_grad()
 def test_layers_that_compute_in_their_own_way_stay_dense():
     """Attention of torch's own reads its projections' weights itself; reflected borders are not the packed layers'."""
-    torch.manual_seed(0)
     net = nn.ModuleDict(
         {
             "attention": nn.MultiheadAttention(64, 4, batch_first=True),

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def unfit(format: str, shape: tuple[int, ...]) -> str:
     return f"{n} rows are no multiple of 16" if n % 16 else ""
 
 
-def encoder(format: str):
+def encoder(format: str) -> Callable[[Tensor], tuple[dict[str, Tensor], dict[str, Any], Tensor]]:
     """fp32 matrix -> (suffix -> tensor, JSON of the mark, what it decodes to)."""
     try:
         from comfy_kitchen import tensor as kitchen
@@ -109,7 +110,7 @@ def encoder(format: str):
     if layout is None:
         raise ImportError(f"format {format} needs a newer comfy-kitchen: pip install -U 'comfy-kitchen>=0.2.40'")
 
-    def encode(w: Tensor):
+    def encode(w: Tensor) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         rotation = next((r for r in ROTATIONS if w.shape[1] % r == 0), None)
         options, spec = {
             "int8_tensorwise": ({"per_channel": True}, {}),

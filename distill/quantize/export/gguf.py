@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,22 +54,11 @@ def write(
     progress: Progress | None,
 ) -> Written:
     """As `export.write`, in one of TYPES."""
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("format gguf needs the gguf package: pip install gguf") from None
-    if kind not in TYPES:
-        raise CheckpointError(
-            f"{path}: the gguf package cannot quantize to {kind!r}. Choose one of {', '.join(TYPES)}."
-        )
+    gguf = _package(path, kind)
     keys, prefix = quantizable(weights, only)
     whole = "onestep.version" in metadata  # a OneStep file stays one: its VAE, text encoder and prefixes too
     architecture = architecture_of(path, {k.removeprefix(prefix) for k in weights})
-    writer = gguf.GGUFWriter(None, architecture)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, value in metadata.items():
-        if not name.startswith("general."):
-            writer.add_string(name, value)
+    writer = _begun(gguf, architecture, metadata)
     wanted, done = set(keys), Written(path)
     for i, key in enumerate(weights):
         if progress:
@@ -97,6 +88,28 @@ def write(
     return done
 
 
+def _package(path: Path, kind: str) -> ModuleType:
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("format gguf needs the gguf package: pip install gguf") from None
+    if kind not in TYPES:
+        raise CheckpointError(
+            f"{path}: the gguf package cannot quantize to {kind!r}. Choose one of {', '.join(TYPES)}."
+        )
+    return gguf
+
+
+def _begun(gguf: ModuleType, architecture: str, metadata: Mapping[str, str]) -> Any:
+    """A writer with everything but tensors."""
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, value in metadata.items():
+        if not name.startswith("general."):
+            writer.add_string(name, value)
+    return writer
+
+
 def _name(path: Path, key: str, architecture: str) -> str:
     name = to_llama_cpp(key) if architecture == "t5encoder" else key
     if len(name) > LONGEST:
@@ -104,7 +117,7 @@ def _name(path: Path, key: str, architecture: str) -> str:
     return name
 
 
-def _add(gguf, writer, name: str, t: Tensor, kind: str, quantize: bool) -> float:
+def _add(gguf: ModuleType, writer: Any, name: str, t: Tensor, kind: str, quantize: bool) -> float:
     """One tensor into the file; its relative error, 0 where it stays dense."""
     array, type_ = (_quantized if quantize else _dense)(gguf, t, kind)
     error = 0.0
@@ -126,8 +139,8 @@ def architecture_of(path: Path, keys: Collection[str]) -> str:
     raise CheckpointError(f"{path}: ComfyUI-GGUF has no name for this model; it reads {known}. Choose another format.")
 
 
-def _quantized(gguf, t: Tensor, kind: str):
-    """Raw blocks, (rows, bytes). Rows as long as they may be: the package loops over them."""
+def _quantized(gguf: ModuleType, t: Tensor, kind: str) -> tuple[np.ndarray, Any]:
+    """(raw blocks (rows, bytes), their GGML type). Rows as long as they may be: the package loops over them."""
     type_, w = gguf.GGMLQuantizationType[kind], t.float()
     rows = w.reshape(w.shape[0], -1)
     if rows.shape[1] % 32:
@@ -135,8 +148,8 @@ def _quantized(gguf, t: Tensor, kind: str):
     return gguf.quantize(np.ascontiguousarray(rows.numpy()), type_), type_
 
 
-def _dense(gguf, t: Tensor, kind: str):
-    """Vectors and small numbers as F32, the rest in 16 bits; integers as they are."""
+def _dense(gguf: ModuleType, t: Tensor, kind: str) -> tuple[np.ndarray, Any]:
+    """(array, its GGML type): vectors and large numbers as F32, the rest in 16 bits; integers as they are."""
     types = gguf.GGMLQuantizationType
     if not t.is_floating_point():
         widths = {torch.int8: types.I8, torch.int16: types.I16, torch.int32: types.I32, torch.int64: types.I64}
@@ -153,7 +166,7 @@ def _dense(gguf, t: Tensor, kind: str):
     return t.half().numpy(), types.F16
 
 
-def _folded(array, type_, shape: tuple[int, ...], gguf):
+def _folded(array: np.ndarray, type_: Any, shape: tuple[int, ...], gguf: ModuleType) -> tuple[np.ndarray, tuple]:
     """(array as gguf wants it, the true shape where the array's is another)."""
     block, nbytes = gguf.GGML_QUANT_SIZES[type_]
     if type_ == gguf.GGMLQuantizationType.BF16:
