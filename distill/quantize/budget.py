@@ -61,7 +61,9 @@ def allocate(offers: Mapping[str, list[Offer]], bits: float, numel: int, fixed: 
     spent, budget = fixed + sum(h[0].size for h in hulls.values()), bits * numel
     if spent > budget:
         least = math.ceil(100 * spent / numel) / 100
-        raise QuantError(f"a budget of {bits:g} bits a weight is below the {least:.2f} that the smallest choices take")
+        raise QuantError(
+            f"a budget of {bits:g} bits a weight is below the {least:.2f} that the smallest choices take; raise it"
+        )
     steps = [
         ((h[i].damage - h[i + 1].damage) / (h[i + 1].size - h[i].size), layer, i)
         for layer, h in hulls.items()
