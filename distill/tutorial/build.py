@@ -52,6 +52,7 @@ class Build:
     seed: int = 0
 
 
+TRIAL = 256  # pictures behind the choice among the teacher's averages
 WEAK = 0.3  # of the teacher's time: when the checkpoint for autoguidance is kept
 MINUTES = {"judge": 6.0, "features": 6.0, "autoencoder": 28.0, "decoder": 10.0, "text": 1.5, "teacher": 46.0}
 MINUTES |= {"student": 20.0, "measure": 0.0}
@@ -109,16 +110,16 @@ def make_teacher(o: Build, minutes: float) -> None:
         unet = teachers.grow(unet, load(o.start).net)
 
     def every(averages: dict[float, nn.Module], passed: float) -> None:
-        if passed < WEAK * minutes:
+        if passed < WEAK * minutes or not (o.work / "weak.safetensors").exists():
             keep(o, "weak", averages[min(averages)])
 
     averages = teachers.train(pool, conditions, minutes, unet, o.seed, o.work, every=every)
-    found = {}
+    found, judge = {}, Judge.load(o.assets / "judge.safetensors")
     for decay, net in averages.items():
         keep(o, "teacher", net)
         model = load(pack_teacher(o, minutes))
-        found[decay] = evaluate(lambda p, g, m=model: m.sample(p, g, steps=12), Judge.load(), n=256).frechet
-        print(f"teacher, average {decay}: Frechet distance {found[decay]:.1f}, n = 256, 12 steps", flush=True)
+        found[decay] = evaluate(lambda p, g, m=model: m.sample(p, g, steps=12), judge, n=TRIAL).frechet
+        print(f"teacher, average {decay}: Frechet distance {found[decay]:.1f}, n = {TRIAL}, 12 steps", flush=True)
     keep(o, "teacher", averages[min(found, key=found.__getitem__)])
     pack_teacher(o, minutes)
     pack_weak(o, minutes)

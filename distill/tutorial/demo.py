@@ -46,7 +46,7 @@ def stages(
     coach: Literal["lora", "copy"] = "copy",
     weak: Denoiser | None = None,
     resume: bool = False,
-    told: Told = lambda what, share: None,
+    told: Told = lambda what, share, **numbers: None,
 ) -> Iterator[Step]:
     """Every step of the two trainings, the last one's average being the student. Without `weak`, no autoguidance.
 

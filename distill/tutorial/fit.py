@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SAVE_MINUTES = 3.0
+SAY_MINUTES, SAVE_MINUTES = 0.5, 3.0
 Loss = Callable[[torch.Generator], Tensor]
 
 
@@ -36,14 +36,32 @@ class Averages:
 class Run:
     """A training that can be put away and taken up again: weights, averages, optimiser, generator, time."""
 
-    def __init__(self, averages: Averages, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        self.averages, self.optimiser, self.generator = averages, optimiser, generator
-        self.step, self.minutes = 0, 0.0
+    def __init__(self, module: nn.Module, decays: tuple[float, ...], seed: int, weight_decay: float) -> None:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.module, self.averages = module, Averages(module, decays)
+        self.optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps, self.minutes, self.shown = 0, 0.0, math.nan
+
+    def step(self, loss: Loss, lr: float) -> None:
+        """One step of AdamW on `loss(generator)`, and of the averages; counts the CPU's minutes."""
+        start = time.process_time()
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        value = loss(self.generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimiser.step()
+        self.steps += 1
+        self.averages.update(self.steps)
+        self.shown = value.item() if math.isnan(self.shown) else 0.98 * self.shown + 0.02 * value.item()
+        self.minutes += (time.process_time() - start) / 60
 
     def save(self, path: Path, budget: float, falls_at: float) -> None:
         averages = {str(decay): average.state_dict() for decay, average in self.averages.copies.items()}
-        state = {"module": self.averages.module.state_dict(), "avgs": averages, "opt": self.optimiser.state_dict()}
-        state |= {"g": self.generator.get_state(), "step": self.step, "passed": self.minutes}
+        state = {"module": self.module.state_dict(), "avgs": averages, "opt": self.optimiser.state_dict()}
+        state |= {"g": self.generator.get_state(), "step": self.steps, "passed": self.minutes}
         state |= {"budget": budget, "falls_at": falls_at}
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -51,12 +69,12 @@ class Run:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
-        self.averages.module.load_state_dict(state["module"])
+        self.module.load_state_dict(state["module"])
         for decay, average in self.averages.copies.items():
             average.load_state_dict(state["avgs"].get(str(decay), state["module"]))
         self.optimiser.load_state_dict(state["opt"])
         self.generator.set_state(state["g"])
-        self.step, self.minutes = state["step"], state["passed"]
+        self.steps, self.minutes = state["step"], state["passed"]
 
 
 def fit(
@@ -72,51 +90,40 @@ def fit(
     fall: float = 0.35,
     warm_up: int = 100,
     weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.99),
-    every: Callable[[dict[float, nn.Module], float], None] | None = None,
+    every: Callable[[dict[float, nn.Module], float], None] = lambda averages, minutes: None,
 ) -> dict[float, nn.Module]:
     """Minimise `loss(generator)` over `module` for a time budget; returns its averages by their decay, in eval mode.
 
-    The learning rate is flat, then falls to zero along a cosine in the last share `fall` of the budget. With a folder
-    `work` the run is kept there, twice: NAME.last.pt, from which a stopped run goes on, and NAME.flat.pt from before
-    the fall, from which a run of a larger budget goes on. `every(averages, minutes passed)` is called at every save.
+    minutes: of one core, whatever else the machine does; two cores that work for one minute have worked for two. The
+    learning rate is flat, then falls to zero along a cosine in the last share `fall` of them. With a folder `work` the
+    run is kept there, twice: NAME.last.pt, from which a stopped run goes on, and NAME.flat.pt from before the fall,
+    from which a run of more minutes goes on. `every(averages, minutes passed)` is called now and then, and at the end.
     """
-    optimiser = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad], lr=lr, betas=betas, weight_decay=weight_decay, fused=True
-    )
-    run = Run(Averages(module, averages), optimiser, torch.Generator().manual_seed(seed))
-    falls_at = minutes * (1 - fall)
+    run, falls_at = Run(module, averages, seed, weight_decay), minutes * (1 - fall)
     if work is not None and (path := where_from(work, name, minutes, falls_at)):
         run.load(path)
-        print(f"{name}: goes on from {path.name}, {run.minutes:.1f} min, step {run.step}", flush=True)
-    start, said, saved, shown = time.monotonic() - 60 * run.minutes, run.minutes, run.minutes, 0.0
-    flat = run.minutes < falls_at
+        print(f"{name}: goes on from {path.name}, {run.minutes:.1f} min, step {run.steps}", flush=True)
+
+    def keep(kind: str) -> None:
+        if work is not None:
+            run.save(work / f"{name}.{kind}.pt", minutes, falls_at)
+
+    said, saved, flat = run.minutes, run.minutes, run.minutes < falls_at
     while run.minutes < minutes:
-        if work is not None and flat and run.minutes >= falls_at:
+        if flat and run.minutes >= falls_at:
             flat = False
-            run.save(work / f"{name}.flat.pt", minutes, falls_at)
+            keep("flat")
         done = max(0.0, (run.minutes - falls_at) / (minutes - falls_at))
-        for group in optimiser.param_groups:
-            group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * done)) * min(1.0, (run.step + 1) / warm_up)
-        value = loss(run.generator)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
-        run.step += 1
-        run.averages.update(run.step)
-        run.minutes = (time.monotonic() - start) / 60
-        shown = value.item() if shown == 0.0 else 0.98 * shown + 0.02 * value.item()
-        if run.minutes - said > 0.5:
+        run.step(loss, lr * (0.5 + 0.5 * math.cos(math.pi * done)) * min(1.0, (run.steps + 1) / warm_up))
+        if run.minutes - said > SAY_MINUTES:
             said = run.minutes
-            print(f"{name}: {said:.1f}/{minutes:g} min, step {run.step}, loss {shown:.5f}", flush=True)
-        if work is not None and run.minutes - saved > SAVE_MINUTES:
+            print(f"{name}: {said:.1f}/{minutes:g} min, step {run.steps}, loss {run.shown:.5f}", flush=True)
+        if run.minutes - saved > SAVE_MINUTES:
             saved = run.minutes
-            run.save(work / f"{name}.last.pt", minutes, falls_at)
-            if every is not None:
-                every(run.averages.copies, run.minutes)
-    if work is not None:
-        run.save(work / f"{name}.last.pt", minutes, falls_at)
+            keep("last")
+            every(run.averages.copies, run.minutes)
+    keep("last")
+    every(run.averages.copies, run.minutes)
     return {decay: average.eval() for decay, average in run.averages.copies.items()}
 
 
@@ -126,10 +133,12 @@ def where_from(work: Path, name: str, minutes: float, falls_at: float) -> Path |
     Raises ValueError where there are only states of longer runs.
     """
     passed = {}
-    for path in (work / f"{name}.last.pt", work / f"{name}.flat.pt"):
+    for kind in ("last", "flat"):
+        path = work / f"{name}.{kind}.pt"
         if path.exists():
             state = torch.load(path, weights_only=True, mmap=True)
-            if state["budget"] == minutes or state["passed"] <= min(falls_at, state["falls_at"]):
+            unfallen = kind == "flat" or state["passed"] <= state["falls_at"]
+            if (kind == "last" and state["budget"] == minutes) or (unfallen and state["passed"] <= falls_at):
                 return path
             passed[path.name] = round(state["passed"], 1)
     if passed:

@@ -96,7 +96,7 @@ def train(
     work: Path | None = None,
     batch: int = 48,
     lr: float = 1e-3,
-    every: Callable[[dict[float, nn.Module], float], None] | None = None,
+    every: Callable[[dict[float, nn.Module], float], None] = lambda averages, minutes: None,
 ) -> dict[float, nn.Module]:
     """Train for a time budget on (attributes, latents); returns the averages by their decay. every: as for `fit`."""
     torch.manual_seed(seed)  # the initial weights

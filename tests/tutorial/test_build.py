@@ -32,7 +32,7 @@ def line_to_learn():
 def clock(monkeypatch):
     """A second passes at every look at the clock: a step takes one."""
     ticks = itertools.count()
-    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(fit, "time", SimpleNamespace(process_time=lambda: float(next(ticks))))
     monkeypatch.setattr(fit, "SAVE_MINUTES", 0.1)
 
 
@@ -126,3 +126,22 @@ def test_half_of_the_times_are_low():
     levels = teacher.SCHEDULE.sigma(t) / teacher.SCHEDULE.alpha(t)
     assert 0.45 < (levels < 4).float().mean() - 0.5 * (levels[:2000] < 4).float().mean() <= 0.5
     assert t.min() >= 0 and t.max() <= 1 and levels[2000:].min() > 0.11
+
+
+@pytest.mark.slow
+def test_a_whole_build_in_seconds(tmp_path, monkeypatch, capsys):
+    """Every part, hardly trained, with figures of next to no pictures; then the teacher again, from its state."""
+    from distill.file.metadata import read_metadata
+    from distill.tutorial import build, metrics
+
+    monkeypatch.setattr(metrics, "GROUPS", 5)
+    monkeypatch.setattr(metrics, "PER_GROUP", 2)
+    monkeypatch.setattr(build, "TRIAL", 16)
+    (tmp_path / "assets").mkdir()
+    minutes = {name: 0.03 for name in build.PARTS} | {"student": 0.4}
+    options = build.Build(work=tmp_path / "work", assets=tmp_path / "assets", minutes=minutes, pool=64, n=16)
+    build.run(options)
+    for name, rows in (("teacher", {"20 steps", "1 step", "the student's law"}), ("student", {"1 step"})):
+        assert set(read_metadata(tmp_path / "assets" / f"{name}.safetensors").metrics) == rows
+    build.run(build.replace(options, parts=("teacher",)))
+    assert "teacher: goes on from teacher.last.pt" in capsys.readouterr().out
