@@ -19,6 +19,7 @@ from ..checks import need
 from ..denoiser import Cond, Denoiser, from_net, guided, map_cond
 from ..file import checkpoint
 from ..file.metadata import Metadata
+from ..file.workflow import student_graph
 from ..header import CheckpointError
 from ..sample import few_step, one_step, solve, trailing
 from ..schedule import from_spec, randn
@@ -32,6 +33,8 @@ class Backbone:
 
     main: str
     """The part that is distilled: "unet", "transformer"."""
+    in_comfyui = False
+    """Whether OneStep Load Student opens this family's files."""
 
     def __init__(
         self,
@@ -172,6 +175,10 @@ class Backbone:
             images.append(self.decode(self.latents(z, self.encode(some), generator=generator, **how)))
         return torch.cat(images)
 
+    def graph(self, path: str | Path, prompt: str | None = None) -> dict[str, Any] | None:
+        """A ComfyUI graph for a student's file; prompt: see file.workflow.student_graph."""
+        return student_graph(Path(path).name, self.shape(1)[-1] * self.meta.latent["factor"], prompt)
+
     def save(self, path: str | Path, net: nn.Module, dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
         """Write a OneStep file of `net` with this model's other parts and way of being called.
 
@@ -184,8 +191,10 @@ class Backbone:
         )
 
     def save_student(self, path: str | Path, net: nn.Module, **changes: Any) -> Path:
-        """`save`, as a one-step student of this model: guidance is in its weights unless `changes` say otherwise."""
+        """`save`, as a one-step student of this model: guidance is in its weights unless `changes` say otherwise. The
+        file carries a graph that opens it in ComfyUI, where ComfyUI can."""
         student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
+        student["workflow"] = self.graph(path, "") if self.in_comfyui else None
         student["guidance"] = {**self.meta.guidance, "baked": True}
         return self.save(path, net, **student | changes)
 

@@ -30,6 +30,7 @@ class StableDiffusion(Backbone):
     """Conditions: {"encoder_hidden_states": (B, L, D)}, and "class_labels" (B, P) where the net takes pooled text."""
 
     main = "unet"
+    in_comfyui = True
 
     def encode(self, prompts: list[str]) -> Cond:
         """Prompts, padded with the end token; see the class. Raises CheckpointError where there is no text encoder."""

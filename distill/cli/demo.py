@@ -61,6 +61,7 @@ def run(o: Demo) -> dict:
     config = {k: v for k, v in asdict(o).items() if k not in ("out", "device", "resume", "teacher", "weak")}
     config |= LAW if weak is not None else LAW | {"autoguidance": 1.0}
     about = {"method": "vsd", "config": config, "guidance": {"scale": LAW["guidance"], "baked": True}}
+    about["workflow"] = teacher.graph(file)
     step = None
     how = {"minutes": o.minutes, "seed": o.seed, "coach": o.coach, "weak": weak, "resume": o.resume}
     try:
@@ -81,7 +82,7 @@ def run(o: Demo) -> dict:
 def finish(o: Demo, teacher, about: dict) -> dict:
     """Measure the student, draw the comparison, write report.json and workflow.json, print the table."""
     from ..backbones import load
-    from ..tutorial.demo import compare, write_workflow
+    from ..tutorial.demo import compare
     from ..tutorial.metrics import Judge, evaluate
     from ..tutorial.rows import print_table
 
@@ -96,6 +97,6 @@ def finish(o: Demo, teacher, about: dict) -> dict:
     teacher.save_student(file, student.net, metrics={"1 step": rows["student, 1 step"]}, **about)
     print_table(rows)
     print(f"\n{o.out}/comparison.png shows the three side by side; {o.out}/report.json holds the figures.")
-    write_workflow(o.out)
-    print(f"In ComfyUI: put {file} into models/diffusion_models, drop {o.out}/workflow.json on the page.")
+    (o.out / "workflow.json").write_text(json.dumps(about["workflow"], indent=2) + "\n")
+    print(f"In ComfyUI: put {file} into models/diffusion_models, and drop it, or {o.out}/workflow.json, on the page.")
     return report

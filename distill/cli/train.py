@@ -103,6 +103,8 @@ def train(o: Run) -> Path:
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
     guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
     about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
+    if teacher.in_comfyui:
+        about["workflow"] = teacher.graph(file, prompts and prompts[0])
     step = None
     try:
         with bars() as told:

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..atomic import write_beside
+from ..file.workflow import renamed
 from ..packed.weight import QuantError
 from .calibrate import LayerStats
 from .layerwise import Quantizer, method_of, tell_unseen
@@ -73,6 +74,8 @@ def quantize_file(
     choices, report.sensitivity = work.choose(plan, runs)
     weights, report.layers = work.quantize(plan, choices, parts)
     metadata = source.card | {"quantization": json.dumps(_card(options, method) | report.summary())}
+    if source.is_onestep and "workflow" in metadata:
+        metadata["workflow"] = renamed(metadata["workflow"], out.name)
     save(out, weights, metadata)
     report.size_after = out.stat().st_size
     if runs is not None:

@@ -22,6 +22,7 @@ from ..backbones import load
 from ..backbones.base import weaker
 from ..backbones.patch import PatchAutoencoder
 from ..file import checkpoint
+from ..file.workflow import student_graph
 from . import autoencoder, demo, features, text
 from . import judge as judges
 from . import teacher as teachers
@@ -197,6 +198,7 @@ def make_student(o: Build, minutes: float) -> None:
     how = {"minutes": minutes, "seed": o.seed, "weak": weaker(teacher, weak)}
     *_, last = demo.stages(teacher, o.work / "student", resume=(o.work / "student").exists(), **how)
     about = {"method": "vsd", "config": demo.LAW | {"minutes": minutes, "seed": o.seed}}
+    about["workflow"] = student_graph("bundled: student")  # the name it has in ComfyUI's list
     teacher.save_student(o.assets / "student.safetensors", last.ema, **about)
 
 

@@ -7,7 +7,6 @@ of the time. Everything is written as it is made, so that a stopped demo goes on
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -119,15 +118,3 @@ def draw_sheet(prompts: list[str], columns: dict[str, Tensor], below: dict[str, 
         words = text.replace(" on ", "\non ").replace(", ", ",\n")
         axes[i][0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
     figure.savefig(path)
-
-
-def write_workflow(out: Path) -> None:
-    """out/workflow.json: the first of the shipped workflows, with the student that lies beside it."""
-    here = Path(__file__)
-    homes = here.parents[2] / "workflows", here.parent / "workflows"  # of the repository; of a wheel
-    source = next(p for home in homes if (p := home / "one-step-text-to-image.json").exists())
-    graph = json.loads(source.read_text(encoding="utf-8"))
-    for node in graph["nodes"]:
-        if node["type"] == "OneStepLoadStudent":
-            node["widgets_values"][0] = "student.safetensors"
-    (out / "workflow.json").write_text(json.dumps(graph, indent=2) + "\n")

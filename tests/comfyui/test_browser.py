@@ -5,15 +5,20 @@ import json
 import os
 import shutil
 
+import mutants
 import pytest
+import tiny
+import torch
 from server import PACK
+
+from distill.file.workflow import student_graph
 
 READY = "() => window.app?.extensionManager && window.app.graph && !window.app.extensionManager.spinner"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 DROP = """([name, data]) => {
     const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
     const transfer = new DataTransfer();
-    transfer.items.add(new File([bytes], name, {type: "application/json"}));
+    transfer.items.add(new File([bytes], name, {type: name.endsWith(".json") ? "application/json" : ""}));
     const canvas = document.querySelector("#graph-canvas"), box = canvas.getBoundingClientRect();
     const where = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
     for (const kind of ["dragenter", "dragover", "drop"])
@@ -48,20 +53,33 @@ def page(server):
         browser.close()
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (PACK / "workflows").glob("*.json")))
-def test_drop_run_and_see(page, name, tmp_path):
-    path = PACK / "workflows" / f"{name}.json"
+def drop_and_run(page, path, graph):
+    """Drop a file on the canvas; run what opens until its images are there."""
     page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
-    titles = sorted(n.get("title") or "" for n in json.loads(path.read_text("utf-8"))["nodes"])
-    page.wait_for_function(DROPPED, arg=titles)
+    page.wait_for_function(DROPPED, arg=sorted(n.get("title") or "" for n in graph["nodes"]))
     page.evaluate(FIT)  # a node that is not drawn loads no images
     page.locator("[data-testid='queue-button']").first.click()
     page.wait_for_function(DONE)
+    assert "issing" not in page.evaluate(VISIBLE)
+    assert not page.problems, page.problems
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (PACK / "workflows").glob("*.json")))
+def test_drop_run_and_see(page, name, tmp_path):
+    path = PACK / "workflows" / f"{name}.json"
+    drop_and_run(page, path, json.loads(path.read_text("utf-8")))
     page.wait_for_timeout(1500)  # the canvas redraws
     folder = os.environ.get("ONESTEP_SCREENSHOTS", str(tmp_path))
     page.screenshot(path=f"{folder}/{name}.png")
-    assert "issing" not in page.evaluate(VISIBLE)
-    assert not page.problems, page.problems
+
+
+def test_a_students_file_opens_its_own_graph(page, folder):
+    graph = student_graph("dropped.safetensors", 64, "a red ring")
+    path = tiny.write(folder / "dropped.safetensors", torch.float16, **mutants.SMALL, workflow=graph)
+    page.evaluate("() => window.app.refreshComboInNodes()")  # the file is new in the list
+    drop_and_run(page, path, graph)
+    loader = "window.app.graph.nodes.find(n => n.type === 'OneStepLoadStudent').widgets[0].value"
+    assert page.evaluate(loader) == path.name
 
 
 def test_workflows_are_in_the_template_gallery(server):
