@@ -10,7 +10,16 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from inside_helpers import CPU, TOLERANCE, detect, error, lowrank, packed, quantized, rand, rounding, weight
+from inside_helpers import CPU, FOLDER, TOLERANCE, detect, error, lowrank, packed, quantized, rand, rounding, weight
+
+
+def check_what_comfyuis_own_loaders_make_of_a_onestep_file():
+    """distill.file.checkpoint says it: Stable Diffusion's own size is found by its shapes, other sizes are not."""
+    found = {}
+    for name, shapes in json.loads((FOLDER / "shapes.json").read_text()).items():
+        weights = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+        found[name] = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
+    assert type(found["sd15"]).__name__ == "SD15" and found["tiny"] is None, found
 
 
 def transformer(kind: str) -> tuple[dict, dict]:
