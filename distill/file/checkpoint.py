@@ -1,7 +1,7 @@
 """The file contract: one safetensors file is the whole model.
 
 Weights lie in the layout of Stable Diffusion's single files (`model.diffusion_model.*`, `first_stage_model.*`,
-`cond_stage_model.transformer.*`); metadata holds everything else a loader must know, so that no loader carries constants.
+`cond_stage_model.transformer.*`); metadata holds what else a loader must know, so that no loader carries constants.
 ComfyUI's own loaders know networks by their shapes: they find a U-Net of Stable Diffusion's own size in such a file and
 call it as that one was, whatever the metadata says; of other sizes, as the tutorial's, they find nothing. Reading needs
 torch, safetensors and json only: this module never imports ComfyUI.

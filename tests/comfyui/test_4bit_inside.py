@@ -19,7 +19,7 @@ CHECKS = [name for m in MODULES for name in re.findall(r"^def (check_\w+)", m.re
 
 
 def sd15() -> dict[str, list[int]]:
-    """Names and shapes of Stable Diffusion 1.5's U-Net in a OneStep file. diffusers' defaults are 1.5's, but for these."""
+    """Names and shapes of Stable Diffusion 1.5's U-Net in a OneStep file; diffusers' defaults but one."""
     from diffusers import UNet2DConditionModel
 
     net = skeleton(lambda: UNet2DConditionModel(cross_attention_dim=768))
