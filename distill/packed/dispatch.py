@@ -1,7 +1,7 @@
 """What computes on a quantized weight, and which way of computing is taken.
 
     plain       dequantize the whole weight, then torch's own operation: what every other way is measured against
-    small       dequantized once and kept, for layers of less than a MB (remember.py)
+    small       dequantized once and kept, for layers of less than a MB (cache.py)
     CPU float   unpack in blocks and multiply in fp32 (4-bit weights, full activations: W4A16)
     CPU int8    round the activations to 8 bits as they come and multiply integers (W4A8, W8A8)
     elsewhere   comfy-kitchen's kernel where it has one for the case, else plain in the activations' type
@@ -9,13 +9,13 @@
 `activations` says which: "float" never rounds them; "int8" does wherever an integer kernel exists; "auto" does where
 
     - a sample has more rows than FEW (below, unpacking is all the time), and multiplications enough to pay (WORTH),
-    - this machine multiplies int8 faster than fp32 (`choose.integers_are_fast`, measured once a process),
+    - this machine multiplies int8 faster than fp32 (`verify.integers_are_fast`: it has VNNI),
     - the weight's rows fit int8 (`unpack.coarseness`),
     - this very input does: else the output is computed again in fp32 (`cpu.rounding_error`).
 
 Each of these depends on the layer, the machine and the input alone, so the same seed gives the same image whatever ran
-before, and whatever else is in its batch. Ways that give the same numbers are chosen by time, and any way is refused,
-aloud, where it disagrees with plain: see choose.py. torch's own int4 multiplication (`_weight_int4pack_mm_for_cpu`) is
+before, in whichever process, and whatever else is in its batch. Any way is refused, aloud, where it disagrees with
+plain: see verify.py. torch's own int4 multiplication (`_weight_int4pack_mm_for_cpu`) is
 not among them: with one row it is 7 times faster than fp32 and these ways 2 times slower, but it needs bf16 activations
 (error 3e-3, past the 1e-3 that LoRA is held to) and a second copy of the codes, and rows are few in 0.1 % of a U-Net's
 time.
@@ -149,15 +149,7 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
         y, error = cpu.int8_conv(w, x, bias, *geometry)
         if activations == "int8" or error <= ROUNDING:
             return y
-    ways = {"direct": direct}
-    if len(x) * pixels(x, stride) * w.in_features <= cpu.PATCHES:
-        for name, multiply in cpu.multipliers().items():
-            ways[f"patches, {name}"] = partial(_patches, geometry=geometry, multiply=multiply)
-    return (verify.way(geometry, ways, plain, w, x, 1, verify.FLOAT) or plain)(w, x, bias)
-
-
-def _patches(w: QuantizedWeight, x: Tensor, bias: Tensor | None, geometry, multiply) -> Tensor:
-    return cpu.patches_conv(w, x, bias, *geometry, multiply)
+    return (verify.way(geometry, {"float": direct}, plain, w, x, 1, verify.FLOAT) or plain)(w, x, bias)
 
 
 def pixels(x: Tensor, stride: cpu.Pair) -> int:

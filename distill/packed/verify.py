@@ -1,9 +1,9 @@
-"""Which way of computing is right and fast here: tried once for each shape, device and number of rows, then remembered.
+"""Which way of computing is right here: tried once for each shape, device and number of rows, then remembered.
 
-A way is tried on random numbers, not on what it is called with, so that what one image needed never decides how the
-next one is computed. It is compared with plain dequantization on some output channels. One that disagrees, or fails,
-is refused with a warning and plain is used: torch 2.13's compiled bf16 multiplication, to name one, is wrong at some
-shapes. Of several right ones (which all give the same numbers to FLOAT) the fastest is taken.
+The caller says which ways there are, the best first, by a rule on shape and machine; nothing is timed, so that one
+file and one input give the same numbers in every process. A way is tried on random numbers, not on what it is called
+with, and compared with plain dequantization on some output channels. One that disagrees, or fails, is refused with a
+warning: torch 2.13's compiled bf16 multiplication, to name one, is wrong at some shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 
@@ -28,8 +27,6 @@ FLOAT, HALF, INT8 = 1e-4, 2e-2, 5e-2
 and weights rounded to 8 bits (0.01)"""
 CHANNELS = 16
 """output channels that are compared"""
-ENOUGH = 0.02
-"""seconds of trying one way"""
 
 _chosen: dict[Hashable, Way | None] = {}
 _lock = threading.RLock()
@@ -38,13 +35,13 @@ _lock = threading.RLock()
 def way(
     case: Hashable, ways: Mapping[str, Way], plain: Way, w: QuantizedWeight, x: Tensor, axis: int, limit: float
 ) -> Way | None:
-    """The fastest of `ways` within `limit` of plain for weights and inputs like these; None where none is right.
+    """The first of `ways` within `limit` of plain for weights and inputs like these; None where none is right.
 
     axis: that of the output's channels. case: what the ways depend on beside the shapes of w and x.
     """
     layout = (w.shape, w.bits, w.group_size, w.zero is None, w.codebook is None)
     size = (x.shape[axis], x.numel().bit_length())
-    key = (case, *ways, *layout, *size, x.device, x.dtype, torch.get_num_threads())
+    key = (case, *ways, *layout, *size, x.device, x.dtype)
     if key not in _chosen:
         with _lock:
             if key not in _chosen:
@@ -61,22 +58,20 @@ def _try(ways: Mapping[str, Way], plain: Way, w: QuantizedWeight, x: Tensor, axi
     probe = torch.empty_like(x, device="cpu").normal_(generator=torch.Generator().manual_seed(0)).to(x.device)
     some = torch.linspace(0, w.out_features - 1, min(CHANNELS, w.out_features)).long().to(x.device)
     expected = plain(channels(w, some), probe, None)
-    right = {}
     for name, compute in ways.items():
         problem = _problem(compute, w, probe, some, axis, expected, limit)
         if problem is None:
-            right[name] = compute
-        else:
-            log.warning(
-                "OneStep: the %s kernel is not used for weights of %s and inputs of %s on %s: %s. Slower ones are.",
-                name, tuple(w.shape), tuple(x.shape), x.device, problem,
-            )  # fmt: skip
-    if len(right) < 2:
-        return next(iter(right.values()), None)
-    return min(right.values(), key=lambda compute: seconds(lambda: compute(w, probe, None), 3))
+            return compute
+        log.warning(
+            "OneStep: the %s kernel is not used for weights of %s and inputs of %s on %s: %s. Slower ones are.",
+            name, tuple(w.shape), tuple(x.shape), x.device, problem,
+        )  # fmt: skip
+    return None
 
 
-def _problem(compute: Way, w, probe: Tensor, some: Tensor, axis: int, expected: Tensor, limit: float) -> str | None:
+def _problem(
+    compute: Way, w: QuantizedWeight, probe: Tensor, some: Tensor, axis: int, expected: Tensor, limit: float
+) -> str | None:
     """What is wrong with a way of computing, in words."""
     try:
         y = compute(w, probe, None).index_select(axis, some)
@@ -94,26 +89,19 @@ def channels(w: QuantizedWeight, index: Tensor) -> QuantizedWeight:
     )
 
 
-def seconds(run: Callable[[], object], times: int) -> float:
-    """Shortest of some runs; fewer where they are long."""
-    taken = []
-    while len(taken) < times and sum(taken) < ENOUGH:
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+VNNI = ("_is_vnni_supported", "_is_avx512_vnni_supported", "_is_cpu_support_avx512_vnni")
+"""torch's question for it, whose name changed from version to version"""
 
 
 @functools.cache
 def integers_are_fast() -> bool:
-    """Whether this CPU multiplies int8 matrices faster than fp32 ones by enough to pay for rounding.
-
-    4 to 10 times with AVX512-VNNI or AMX, about 1 without: the bound is far from both, so the answer never flips.
-    """
-    a, b = torch.ones(256, 1024), torch.ones(1024, 1024)
-    c, d = a.to(torch.int8), b.to(torch.int8)
-    if int(torch._int_mm(c, d)[-1, -1]) != 1024:
+    """Whether this CPU multiplies int8 matrices faster than fp32 ones by enough to pay for rounding: 4 to 10 times with
+    AVX512-VNNI, which AMX comes with, about as fast without. Also asks torch._int_mm for a product that is known."""
+    asked = next((getattr(torch.cpu, name) for name in VNNI if hasattr(torch.cpu, name)), None)
+    if asked is None or not asked():
+        return False
+    a, b = torch.ones(32, 1024, dtype=torch.int8), torch.ones(1024, 32, dtype=torch.int8)
+    if int(torch._int_mm(a, b)[-1, -1]) != 1024:
         log.warning("OneStep: torch._int_mm is wrong on this machine. Activations stay in floating point.")
         return False
-    torch.mm(a, b)
-    return 2 * seconds(lambda: torch._int_mm(c, d), 5) < seconds(lambda: torch.mm(a, b), 5)
+    return True

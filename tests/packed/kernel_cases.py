@@ -36,3 +36,8 @@ def weight(kind: str, *shape: int, group: int = 32, seed: int = 0) -> QuantizedW
 def error(y, expected):
     assert y.shape == expected.shape and y.dtype == expected.dtype
     return ((y - expected).norm() / expected.norm()).item()
+
+
+def generator(seed: int = 11) -> torch.Generator:
+    """For inputs: kernels are held to tight bounds, on the same numbers every time."""
+    return torch.Generator().manual_seed(seed)
