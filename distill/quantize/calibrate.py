@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from ..packed.dispatch import pads_of
 from ..packed.weight import QuantError, to_matrix
 
 
@@ -117,9 +118,9 @@ class patches(_RowsOf):
 
     def __init__(self, x: Tensor, conv: nn.Conv2d):
         (self.kh, self.kw), (self.sh, self.sw), (self.dh, self.dw) = conv.kernel_size, conv.stride, conv.dilation
-        left, top = _padding(conv)
+        pads = pads_of(conv.padding, conv.kernel_size, conv.dilation)
         mode = conv.padding_mode.replace("zeros", "constant")
-        self.x = F.pad(x, (*left, *top), mode=mode).permute(0, 2, 3, 1)  # (B, H, W, C)
+        self.x = F.pad(x, pads, mode=mode).permute(0, 2, 3, 1)  # (B, H, W, C)
         self.h = (self.x.shape[1] - self.dh * (self.kh - 1) - 1) // self.sh + 1
         self.w = (self.x.shape[2] - self.dw * (self.kw - 1) - 1) // self.sw + 1
 
@@ -132,16 +133,6 @@ class patches(_RowsOf):
         i = torch.arange(self.kh, device=index.device)[None, :, None] * self.dh + y[:, None, None]  # (R, kh, 1)
         j = torch.arange(self.kw, device=index.device)[None, None, :] * self.dw + x[:, None, None]  # (R, 1, kw)
         return self.x[b[:, None, None], i, j].flatten(1)  # (R, kh * kw * C)
-
-
-def _padding(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((left, right), (top, bottom)) of a Conv2d; "same" puts the odd pixel last, as torch does."""
-    if conv.padding == "valid":
-        return (0, 0), (0, 0)
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
-        return (total[1] // 2, total[1] - total[1] // 2), (total[0] // 2, total[0] - total[0] // 2)
-    return (conv.padding[1],) * 2, (conv.padding[0],) * 2
 
 
 # --------------------------------------------------------------------------------------- what a weight does to rows

@@ -142,7 +142,8 @@ class Quantizer:
             layer = key.removesuffix(".weight")
             choice = choices.get(layer, DENSE) if key.endswith(".weight") else DENSE
             if choice == DENSE:
-                weights[key] = self.as_stored(key, parts)
+                t = self.source[key]
+                weights[key] = as_stored(t) if self.source.part(key)[0] in parts else t
                 if layer in plan and key.endswith(".weight"):
                     why, width = plan[layer] or "most sensitive", 8.0 * weights[key].element_size()
                     layers.append(Layer(layer, f"dense ({why})", weights[key].numel(), width))
@@ -155,8 +156,3 @@ class Quantizer:
             layers.append(Layer(layer, str(choice), dense.numel(), q.bits_per_weight, error, kind))
         self.progress(total, total, "quantizing")
         return weights, layers
-
-    def as_stored(self, key: str, parts: tuple[str, ...]) -> Tensor:
-        """A tensor that stays dense: as it is, but fp32 in a quantized part becomes fp16 where that holds it."""
-        t = self.source[key]
-        return as_stored(t) if self.source.part(key)[0] in parts else t

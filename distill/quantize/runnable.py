@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..packed.weight import QuantizedWeight, layers
 from .calibrate import LayerStats, collect
 from .options import Progress, Quantize
-from .source import Source
+from .source import Source, relative
 from .stream import IN_MEMORY, rounding_activations, stream
 from .views import Dequantized, Renamed
 
@@ -98,4 +98,4 @@ class Runnable:
 
     def error(self, outputs: Tensor) -> float:
         """Relative L2 error against the dense model's outputs."""
-        return ((outputs - self.reference).norm() / self.reference.norm().clamp(min=1e-30)).item()
+        return relative(outputs, self.reference)
