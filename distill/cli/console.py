@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checks import need
+
 if TYPE_CHECKING:
     import torch
+
+    from ..backbones.base import Backbone
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,6 +36,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def open_teacher(name: str, device: str) -> Backbone:
+    """A bundled teacher, a file or a folder. Raises CheckpointError, and ValueError for a student, which is no model of
+    all noise levels."""
+    from ..backbones import load
+    from ..tutorial.bundled import find
+
+    teacher = load(find(name), pick_device(device))
+    made = teacher.meta.method
+    need(made == "teacher", "teacher", teacher.name, f"a student, made by {made}; give what it was made of")
+    return teacher
+
+
 def writable(path: Path, *, folder: bool = False) -> None:
     """Raise ValueError where `path` cannot become a file, or a folder with files; nothing is made. A run that takes
     hours asks this first."""
@@ -50,6 +66,20 @@ def refuse_existing(path: Path, force: bool) -> None:
     """Raise FileExistsError for an output that took time to make, unless it may be overwritten."""
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists: add --force to overwrite it, or name another file")
+
+
+def refuse_run(out: Path, folders: Sequence[Path], resume: bool, force: bool = False) -> None:
+    """Raise FileExistsError where a run would begin over another, or over the student of one that is gone.
+
+    folders: where the run keeps its checkpoints/. force: overwrite such a student.
+    """
+    from ..training.store import checkpoints
+
+    student, held = out / "student.safetensors", any(checkpoints(folder / "checkpoints") for folder in folders)
+    if held and not resume:
+        raise FileExistsError(f"{out} holds a run: add --resume to go on with it, or name another folder")
+    if student.exists() and not held and not force:
+        raise FileExistsError(f"{student} exists, without a run to go on with: name another folder, or move it away")
 
 
 def is_main_process() -> bool:

@@ -35,22 +35,21 @@ class Demo:
 
 
 def run(o: Demo) -> dict:
-    """Run the demo and return what report.json holds. Raises ValueError for a folder that holds a run already."""
+    """Run the demo and return what report.json holds. Raises FileExistsError for a folder that holds a run."""
     from ..backbones import load
     from ..backbones.base import weaker
     from ..checks import need
     from ..tutorial.bundled import find
     from ..tutorial.demo import LAW, stages
     from ..tutorial.prompts import speaks
-    from .console import bars, pick_device, writable
+    from .console import bars, open_teacher, refuse_run, writable
 
     need(0 < o.minutes < inf, "minutes", o.minutes, "a time, above 0")
     need(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), ONE)
     writable(o.out, folder=True)
     file = o.out / "student.safetensors"
-    if file.exists() and not o.resume:
-        raise ValueError(f"{o.out} holds a run already: add --resume to go on with it, or name another folder")
-    teacher = load(find(o.teacher), pick_device(o.device))
+    refuse_run(o.out, [o.out / "regression", o.out / "vsd"], o.resume)
+    teacher = open_teacher(o.teacher, o.device)
     need(speaks(teacher), "teacher", teacher.name, "not of the tutorial world; use `distill train` for it")
     weak = None
     if o.teacher == "teacher" or o.weak is not None:

@@ -71,17 +71,14 @@ def train(o: Run) -> Path:
     from ..training.students import train_student
     from ..tutorial.bundled import find
     from ..tutorial.prompts import shape_batches, speaks
-    from .console import bars, is_main_process, pick_device, writable
+    from .console import bars, is_main_process, open_teacher, refuse_run, writable
 
     need(o.batch_size >= 1, "batch-size", o.batch_size, "1 or more")
     file = o.out / "student.safetensors"
-    if file.exists() and not o.resume and not o.force:
-        raise ValueError(f"{file} exists: add --resume to go on with that run, or name another folder")
     writable(o.out, folder=True)
+    refuse_run(o.out, [o.out], o.resume, o.force)
     prompts = read_prompts(o.prompts) if o.prompts else None
-    teacher = load(find(o.teacher), pick_device(o.device))
-    made = teacher.meta.method
-    need(made == "teacher", "teacher", teacher.name, f"a student, made by {made}; give what it was made of")
+    teacher = open_teacher(o.teacher, o.device)
     teacher.time(o.t_in)
     if prompts is None and not speaks(teacher):
         raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")
@@ -112,7 +109,7 @@ def train(o: Run) -> Path:
             for step in train_student(teacher, o.options, batches, o.training, o.out, **how, told=told):
                 told(o.method, step.progress, **step.logs)
     except KeyboardInterrupt:
-        left = "nothing to keep yet" if step is None else f"{file} is the student so far"
+        left = "nothing to keep yet" if step is None and not file.exists() else f"{file} is the student so far"
         print(f"\nStopped: {left}; the same command with --resume goes on.")
         raise
     finally:

@@ -166,3 +166,33 @@ def test_a_weak_teacher_called_otherwise_is_refused(tmp_path):
     path = checkpoint.write(tmp_path / "other.safetensors", checkpoint.Checkpoint(weak.weights, other))
     with pytest.raises(CheckpointError, match="other.safetensors: schedule"):
         weaker(load(bundled("teacher")), load(path))
+
+
+def test_nothing_begins_over_a_run_or_over_a_student_that_is_alone(place, door, monkeypatch):
+    """A killed run has checkpoints and no student yet; a student may have been moved here."""
+    assert door(*QUICK, "--out", "run")[0] == 0
+    student = Path("run/student.safetensors")
+    kept = student.read_bytes()
+    student.unlink()
+    for words in (["regression", *TRAIN, "--pairs", 4], ["vsd", *TRAIN, "--force"]):
+        code, _, err = door("train", *words, "--out", "run")
+        assert code == 2 and "run holds a run: add --resume" in err and not Path("run/pairs.safetensors").exists()
+    Path("alone").mkdir()
+    Path("alone/student.safetensors").write_bytes(kept)
+    for out, words in (("alone", QUICK), ("alone", [*QUICK, "--resume"]), ("alone", ["demo", "--resume"])):
+        code, _, err = door(*words, "--out", out)
+        assert code == 2 and "exists, without a run to go on with" in err
+        assert Path("alone/student.safetensors").read_bytes() == kept
+    assert door(*QUICK, "--out", "alone", "--force")[0] == 0
+    assert Path("alone/student.safetensors").read_bytes() != kept
+
+
+def test_a_stop_before_the_first_step_of_a_resumed_run_names_the_student(place, door, monkeypatch):
+    assert door(*QUICK, "--out", "run")[0] == 0
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill.training.students.train", stopped)
+    code, out, _ = door(*QUICK, "--out", "run", "--resume")
+    assert code == 130 and "run/student.safetensors is the student so far" in out
