@@ -40,6 +40,8 @@ from distill.tutorial.prompts import calibration_prompts
 
 @dataclass(frozen=True)
 class Options:
+    """What is measured, and where the page goes."""
+
     n: int = 256
     """Pictures of the student a row, for prompt accuracy and the Frechet distance; n/4 of held-out prompts."""
     teacher_n: int = 48
@@ -70,6 +72,7 @@ ROWS = {"4 bits": rows(4), "3 bits": rows(3), "8 bits": {"W8A8, SmoothQuant": Qu
 
 
 def main(o: Options) -> None:
+    """Measure every row and write the page."""
     judge, found = Judge.load(), {}
     for name in o.models:
         source = bundled(name)
@@ -88,6 +91,7 @@ def main(o: Options) -> None:
 
 
 def one(source: Path, how: Quantize, judge: Judge, o: Options) -> dict:
+    """A row: the model quantized in one way, its bits, errors and pictures."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.safetensors"
         start = time.monotonic()
@@ -120,6 +124,7 @@ def dequantized(source: Path, tensors: dict) -> tuple[Backbone, dict[str, Quanti
 
 
 def compared(source: Path, tensors: dict) -> tuple[float, float]:
+    """Output error and PSNR of a quantized state dict, as calibrated rows report theirs."""
     opened, options = open_source(source), Quantize()
     runs, _ = open_runnable(opened, options, ("unet",), calibration_prompts)
     runs.calibrate(list(layers_of(opened, ("unet",), 64)), options, lambda *_: None)
@@ -155,6 +160,7 @@ def measure(model: Backbone, judge: Judge, o: Options) -> dict:
 
 
 def page(found: dict, o: Options) -> str:
+    """The tables, as Markdown."""
     text = ["# What rounding costs", "", f"`python benchmarks/four_bit_quality.py --n {o.n} --teacher-n {o.teacher_n}`"]
     text += ["", (__doc__ or "").split("\n\n")[2].strip(), ""]
     for name, some in found.items():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.utils
@@ -14,6 +16,10 @@ from comfy_api.latest import io, ui
 from ..distill.file.metadata import read_metadata
 from ..distill.header import CheckpointError, read_header
 from .files import BUNDLED, DIFFUSION, TEXT, choices, fingerprint, locate, place
+
+if TYPE_CHECKING:
+    from ..distill.quantize.calibrate import LayerStats
+    from ..distill.quantize.options import Quantize
 
 FOLDERS = (*DIFFUSION, *TEXT)
 METHODS = ("auto", "rtn", "clip", "awq", "svd", "smoothquant")
@@ -136,7 +142,7 @@ class OneStepQuantize(io.ComfyNode):
         return io.NodeOutput(new, text, ui=ui.PreviewText(text))
 
 
-def statistics(source: Path, options, prompts: str):
+def statistics(source: Path, options: Quantize, prompts: str) -> tuple[dict[str, LayerStats] | None, str]:
     """(what flows into the layers or None, what to say about it)."""
     if options.method == "rtn" and options.budget is None:
         return None, "rounding to nearest takes no calibration"
@@ -153,7 +159,7 @@ def statistics(source: Path, options, prompts: str):
     return stats, calibrate.said(meta, what)
 
 
-def progress():
+def progress() -> Callable[[int, int, str], None]:
     """ComfyUI's bar, which starts again for each kind of work, and its Cancel button."""
     bar = comfy.utils.ProgressBar(1)
 
