@@ -23,8 +23,8 @@ def activations_input() -> io.Combo.Input:
         default="auto",
         advanced=True,
         optional=True,
-        tooltip="How layers compute. auto: what is measured to be fastest on this machine, with activations rounded to "
-        "8 bits where that is nearly as exact. float: never round activations. int8: round them wherever possible.",
+        tooltip="How layers compute. auto: what suits the layer and the processor, with activations rounded to 8 "
+        "bits where that is faster and nearly as exact. float: never round activations. int8: wherever possible.",
     )
 
 

@@ -41,16 +41,15 @@ def remembered(measure: Callable[[QuantizedWeight], Any]) -> Callable[[Quantized
 
 
 def small_dense(w: QuantizedWeight) -> Tensor | None:
-    """w.dequantize() if w is small and there is room for it."""
+    """w.dequantize() if w is small, kept if there is room: the same bits whatever other models are loaded."""
     if w.out_features * w.in_features > SMALL:
         return None
     found = _get(_dense, w)
     if found is None:
         with _lock, torch.inference_mode(False), torch.no_grad():
-            if sum(t.nbytes for _, t in _dense.values()) + 4 * w.out_features * w.in_features > ROOM:
-                return None
             found = w.dequantize().contiguous()
-            _dense[w.codes] = (_others(w), found)
+            if sum(t.nbytes for _, t in _dense.values()) + found.nbytes <= ROOM:
+                _dense[w.codes] = (_others(w), found)
     return found
 
 

@@ -23,7 +23,7 @@ class QuantizedLayer:
     """Mixin for nn.Linear and nn.Conv2d: `class QuantLinear(QuantizedLayer, nn.Linear)`. Needs no __init__."""
 
     activations: str = "auto"
-    """auto: int8 where `kernels.choose` says so; float: never; int8: wherever an integer kernel exists"""
+    """auto: int8 where `dispatch.integer_weight` says so; float: never; int8: wherever an integer kernel exists"""
     branches: list[Callable[[Tensor], Tensor]]
     """each maps the layer's input to something added to its output (LoRA); set by set_quantized"""
     _spec: dict | None = None  # the fields of QuantizedWeight that are no tensors

@@ -97,7 +97,7 @@ def test_work_cut_into_pieces_is_the_same_work(block, monkeypatch):
 
 
 def test_int8_adds_little_to_the_error_of_four_bits():
-    """The issue's bar for a whole net, 1.1, for a single layer: the grids of W4A8 add below a twentieth."""
+    """The grids of W4A8 add below a twentieth to a layer's error."""
     dense, x = torch.randn(256, 640, generator=generator()), torch.randn(512, 640, generator=generator())
     w = round_to_nearest(dense, 4, 64)
     expected = F.linear(x, dense)
@@ -287,9 +287,11 @@ def test_small_layers_have_no_more_than_their_room(monkeypatch):
     monkeypatch.setattr(cache, "SMALL", 10_000)
     monkeypatch.setattr(cache, "ROOM", sum(t.nbytes for _, t in cache._dense.values()) + 4 * 24 * 64)
     first, second = weight("4 bits", 24, 64), weight("4 bits", 24, 64)
-    assert cache.small_dense(first) is not None and cache.small_dense(second) is None
+    assert cache.small_dense(first) is cache.small_dense(first)
+    assert cache.small_dense(second) is not cache.small_dense(second)  # made anew each time, to give the same bits
+    monkeypatch.setattr(dispatch, "WORTH", 1 << 25)
     x = torch.randn(40, 64, generator=generator())
-    assert error(dispatch.linear(second, x, None, "float"), dispatch.linear(first, x, None, "float")) < 2e-6
+    assert torch.equal(dispatch.linear(second, x, None, "float"), dispatch.linear(first, x, None, "float"))
 
 
 def test_large_results_are_ordinary_tensors(monkeypatch):
