@@ -4,6 +4,7 @@ from .four_bit import OneStepLoad4Bit, OneStepLoad4BitCLIP
 from .load import OneStepLoadStudent
 from .quantize import OneStepQuantize
 from .sample import OneStepSample, OneStepSchedule
+from .save import OneStepSaveStudent
 
 NODES = [
     OneStepLoadStudent,
@@ -12,4 +13,5 @@ NODES = [
     OneStepLoad4Bit,
     OneStepLoad4BitCLIP,
     OneStepQuantize,
+    OneStepSaveStudent,
 ]

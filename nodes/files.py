@@ -13,6 +13,7 @@ DIFFUSION = ("diffusion_models", "checkpoints")
 TEXT = ("text_encoders",)
 BUNDLED = {f"bundled: {name}": name for name in ("student", "teacher")}
 EXTENSIONS = {".safetensors", ".sft", ".gguf"}
+LONGEST = 255  # bytes of a file's name, on all usual file systems
 
 for name in (*DIFFUSION, *TEXT):  # ComfyUI lists no .gguf; these lists share its folders, present and future
     folder_paths.folder_names_and_paths[f"onestep_{name}"] = (folder_paths.folder_names_and_paths[name][0], EXTENSIONS)
@@ -40,6 +41,13 @@ def place(folder: str) -> str:
     """Where a file of that kind belongs. (ComfyUI has older names for some folders, too.)"""
     paths = folder_paths.get_folder_paths(folder)
     return next((p for p in paths if Path(p).name == folder), paths[0])
+
+
+def check_length(path: Path) -> None:
+    """Raise CheckpointError where a name in a path to be written is longer than file systems take."""
+    for part in path.parts:
+        if len(part.encode()) > LONGEST:
+            raise CheckpointError(f"{part[:40]}...: a name of {len(part)} characters. Give one below {LONGEST - 20}.")
 
 
 def fingerprint(file: str | None, folders: tuple[str, ...] = DIFFUSION) -> tuple | None:

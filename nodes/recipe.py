@@ -5,24 +5,26 @@ from __future__ import annotations
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..distill.file.metadata import Metadata
 from ..distill.schedule import from_spec
 
-KEY = "onestep"
+KEY, STORED = "onestep", "onestep.dtype"
 
 
-def attach(model, meta: Metadata) -> None:
-    model.set_attachments(KEY, meta)
+def attach(patcher: ModelPatcher, meta: Metadata, dtype: torch.dtype) -> None:
+    """Let a MODEL, or what is behind a CLIP or a VAE, say what file it came from, and how that stores numbers."""
+    patcher.set_attachments(KEY, meta)
+    patcher.set_attachments(STORED, dtype)
 
 
-def recipe(model) -> Metadata:
-    """The metadata of the file a MODEL came from. Raises ValueError naming the cure where it came from elsewhere."""
-    meta = model.get_attachment(KEY)
+def recipe(patcher: ModelPatcher, kind: str = "MODEL") -> Metadata:
+    """The metadata of the file it came from. Raises ValueError naming the cure where it came from elsewhere."""
+    meta = patcher.get_attachment(KEY)
     if meta is None:
-        raise ValueError(
-            "This MODEL has no OneStep recipe. Load it with OneStep Load Student, or sample it with KSampler instead."
-        )
+        instead = ", or sample it with KSampler instead" if kind == "MODEL" else ""
+        raise ValueError(f"This {kind} has no OneStep recipe. Load it with OneStep Load Student{instead}.")
     return meta
 
 

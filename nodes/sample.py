@@ -55,7 +55,10 @@ class OneStepSample(io.ComfyNode):
         generator = torch.Generator().manual_seed(seed)  # KSampler's numbers, without touching the global generator
         noise = comfy.sample.prepare_noise_inner(image, generator, latent.get("batch_index"))
         guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive})
+        conds = {"positive": positive}
+        if model.model_options.get("disable_cfg1_optimization"):  # a patch that compares with a second prediction
+            conds["negative"] = positive  # the student has no unguided one; Self-Attention Guidance blurs this instead
+        guider.inner_set_conds(conds)
         guider.set_cfg(1.0)
         samples = guider.sample(
             noise,

@@ -20,7 +20,7 @@ from ...distill.packed.weight import layers
 from .limits import require, sound
 from .ops import operations
 from .packed import pack
-from .patcher import Patcher
+from .patcher import STATIC, Patcher
 
 FIXED = {"layer_norm_eps": (1e-5,), "hidden_act": tuple(comfy.clip_model.ACTIVATIONS)}
 
@@ -109,7 +109,7 @@ def build_clip(
         parameters=comfy.utils.calculate_parameters(weights),
         state_dict=[weights],
         model_options=options,
-        **({"disable_dynamic": True} if disable_dynamic else {}),  # old versions do not have it
+        **(STATIC if disable_dynamic else {}),
     )
     if quantized:
         Patcher.adopt(clip.patcher)

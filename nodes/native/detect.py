@@ -15,7 +15,7 @@ from ...distill.header import CheckpointError
 from .fuse import convert
 from .ops import operations
 from .packed import float_dtype, pack
-from .patcher import Patcher
+from .patcher import STATIC, Patcher
 from .vae import no_vae
 
 
@@ -118,5 +118,5 @@ def text_options(weights: dict[str, Tensor], activations: str) -> dict:
     return {
         "parameters": comfy.utils.calculate_parameters(weights),
         "model_options": {"custom_operations": operations(dtype, text=True, activations=activations)},
-        "disable_dynamic": True,
+        **STATIC,
     }

@@ -18,7 +18,6 @@ from ...distill.file.metadata import Metadata
 from ...distill.header import CheckpointError
 from ...distill.layouts import Weights, per_level
 from ...distill.packed.weight import layers as marked
-from ..recipe import attach
 from .limits import require, require_multiples, sound
 from .ops import operations
 from .packed import pack
@@ -174,7 +173,7 @@ def unet_config(path: Path, config: dict) -> dict:
 
 
 def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: bool = False, activations: str = "auto"):
-    """LDM-keyed U-Net weights -> MODEL that carries its recipe; disable_dynamic: ComfyUI's word for whole loading.
+    """LDM-keyed U-Net weights -> MODEL; disable_dynamic: ComfyUI's word for whole loading.
 
     activations: of quantized layers, see distill.packed.layers.
     """
@@ -196,5 +195,4 @@ def build_model(path: Path, meta: Metadata, weights: Weights, disable_dynamic: b
     dense = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = (Patcher if quantized else dense)(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
-    attach(patcher, meta)
     return patcher

@@ -8,13 +8,18 @@ it is called, so unpatching is forgetting them, and the output afterwards is the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 
 import comfy.model_patcher
+import comfy.sd
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from .ops import Quantized
+
+STATIC = {"disable_dynamic": True} if "disable_dynamic" in signature(comfy.sd.CLIP.__init__).parameters else {}
+"""What asks `comfy.sd.CLIP` for the static patcher; ComfyUI 0.12 has no word for it."""
 
 
 class Patcher(ModelPatcher):

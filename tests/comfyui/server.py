@@ -138,9 +138,10 @@ class Client:
         self.server, self.id = server, uuid.uuid4().hex
         self.socket = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId={self.id}", timeout=300)
 
-    def run(self, graph: dict) -> Run:
+    def run(self, graph: dict, workflow: dict | None = None) -> Run:
+        """workflow: the graph as the page draws it, which what is saved carries."""
         start = time.perf_counter()
-        prompt, run = self.queue(graph)
+        prompt, run = self.queue(graph, workflow)
         if prompt is None:
             return run
         node = None
@@ -167,9 +168,10 @@ class Client:
             time.sleep(0.02)
         raise RuntimeError(f"no history for prompt {prompt}")
 
-    def queue(self, graph: dict) -> tuple[str | None, Run]:
+    def queue(self, graph: dict, workflow: dict | None = None) -> tuple[str | None, Run]:
         """POST the prompt -> its id (None where it was refused) and what its nodes were told."""
-        body = json.dumps({"prompt": graph, "client_id": self.id}).encode()
+        extra = {} if workflow is None else {"extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+        body = json.dumps({"prompt": graph, "client_id": self.id} | extra).encode()
         request = urllib.request.Request(f"{self.server.url}/prompt", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as response:

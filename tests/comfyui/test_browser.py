@@ -31,6 +31,12 @@ DROPPED = """titles => {
 SAVERS = "window.app.graph.nodes.filter(n => n.type === 'SaveImage')"
 DONE = f"() => {SAVERS}.every(n => n.imgs?.length && n.imgs.every(i => i.complete && i.naturalWidth > 0))"
 FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+VUE = "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+DRAWN = """() => [...document.querySelectorAll('[data-node-id]')].map(node => {
+    const box = node.getBoundingClientRect();
+    return [node.innerText.split("\\n")[0], box.left, box.top, box.right, box.bottom];
+})"""
+NAMES = sorted(p.stem for p in (PACK / "workflows").glob("*.json"))
 VISIBLE = "() => [...document.querySelectorAll('[role=dialog], [role=alert]')].map(e => e.innerText).join(' / ')"
 
 
@@ -53,10 +59,45 @@ def page(server):
         browser.close()
 
 
-def drop_and_run(page, path, graph):
-    """Drop a file on the canvas; run what opens until its images are there."""
+def drop(page, path, graph: dict) -> None:
+    """Drop a file on the canvas and wait until its graph is there."""
     page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
     page.wait_for_function(DROPPED, arg=sorted(n.get("title") or "" for n in graph["nodes"]))
+
+
+def screenshot(page, name: str, otherwise) -> None:
+    page.screenshot(path=f"{os.environ.get('ONESTEP_SCREENSHOTS', otherwise)}/{name}.png")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vue_nodes_do_not_overlap_and_the_old_canvas_shows_text(page, name, tmp_path):
+    path = PACK / "workflows" / f"{name}.json"
+    workflow = json.loads(path.read_text("utf-8"))
+    page.evaluate(VUE, True)
+    try:
+        drop(page, path, workflow)
+        page.wait_for_function(
+            "count => document.querySelectorAll('[data-node-id]').length === count", arg=len(workflow["nodes"])
+        )
+        page.wait_for_timeout(500)  # they grow to what is in them
+        screenshot(page, f"{name}-vue", tmp_path)
+        drawn = page.evaluate(DRAWN)
+        for a, (name_a, *first) in enumerate(drawn):
+            for name_b, *second in drawn[:a]:
+                apart = first[2] <= second[0] or first[3] <= second[1] or second[2] <= first[0] or second[3] <= first[1]
+                assert apart, (name_a, name_b)
+            assert first[0] > 60 and first[1] > 90 and first[2] < 1920 and first[3] < 1080, name_a
+    finally:
+        page.evaluate(VUE, False)
+    page.evaluate(FIT)
+    page.wait_for_timeout(500)  # it moves there
+    screenshot(page, f"{name}-fitted", tmp_path)
+    assert page.evaluate("() => window.app.canvas.ds.scale") > 0.65
+
+
+def drop_and_run(page, path, graph: dict) -> None:
+    """Drop a file on the canvas; run what opens until its images are there."""
+    drop(page, path, graph)
     page.evaluate(FIT)  # a node that is not drawn loads no images
     page.locator("[data-testid='queue-button']").first.click()
     page.wait_for_function(DONE)
@@ -64,13 +105,12 @@ def drop_and_run(page, path, graph):
     assert not page.problems, page.problems
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (PACK / "workflows").glob("*.json")))
+@pytest.mark.parametrize("name", NAMES)
 def test_drop_run_and_see(page, name, tmp_path):
     path = PACK / "workflows" / f"{name}.json"
     drop_and_run(page, path, json.loads(path.read_text("utf-8")))
     page.wait_for_timeout(1500)  # the canvas redraws
-    folder = os.environ.get("ONESTEP_SCREENSHOTS", str(tmp_path))
-    page.screenshot(path=f"{folder}/{name}.png")
+    screenshot(page, name, tmp_path)
 
 
 def test_a_students_file_opens_its_own_graph(page, folder):

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tomllib
 
 import numpy as np
 import pytest
@@ -176,10 +177,14 @@ def test_stock_lora_loader_patches_every_layer(client, server, folder):
     assert (sample.one_step(d, t_in)(noise, cond) - sample.one_step(plain, t_in)(noise, cond)).abs().max() > 0.1
 
 
-def test_freeu_works(client):
-    graph = one_step("student.safetensors", model=("freeu", 0))
-    graph["freeu"] = node("FreeU", model=["load", 0], b1=1.3, b2=1.4, s1=0.9, s2=0.2)
-    assert (latent_of(client, graph) - latent_of(client, one_step("student.safetensors"))).abs().max() > 1e-3
+def test_self_attention_guidance_works(client):
+    """It wants a second prediction, which KSampler takes from a negative prompt and OneStep Sample from the prompt."""
+    sag = {"sag": node("SelfAttentionGuidance", model=["load", 0], scale=0.7, blur_sigma=2.0)}
+    found = latent_of(client, one_step("student.safetensors", model=("sag", 0)) | sag)
+    expected = ksampler("student.safetensors", 1, 1.0) | sag
+    expected["sample"]["inputs"] |= {"model": ["sag", 0], "negative": ["positive", 0]}
+    close(found, latent_of(client, expected))
+    assert (found - latent_of(client, one_step("student.safetensors"))).abs().max() > 1e-3
 
 
 def test_comfyui_can_load_the_weights_again(client):
@@ -216,7 +221,8 @@ def test_schemas_help_and_search(server):
     info = server.json("/object_info")
     ours = {k: v for k, v in info.items() if v["python_module"].endswith("onestep-nodes")}
     loaders = {"OneStepLoadStudent", "OneStepLoad4Bit", "OneStepLoad4BitCLIP"}
-    assert ours.keys() == loaders | {"OneStepSample", "OneStepSchedule", "OneStepQuantize"}
+    others = {"OneStepSample", "OneStepSchedule", "OneStepQuantize", "OneStepSaveStudent"}
+    assert ours.keys() == loaders | others
     for name, schema in ours.items():
         inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
         assert all(options.get("tooltip") for _, options in inputs.values()), name
@@ -253,6 +259,27 @@ def test_import_is_quick_and_needs_no_model_folders(comfyui, tmp_path):
     assert float(lines["SECONDS"].split()[1]) < 0.1
     assert not {"diffusers", "peft", "accelerate", "matplotlib", "tyro"} & set(lines["NEW"].split())
     assert lines["OPTIONS"] == "OPTIONS|bundled: student|bundled: teacher"
+
+
+OLD = """
+import asyncio, sys, types
+sys.argv = ["main.py", "--cpu", "--base-directory", sys.argv[2]]
+sys.path.insert(0, ".")
+import comfy.options; comfy.options.enable_args_parsing()
+import nodes
+sys.modules["comfyui_version"] = types.SimpleNamespace(__version__={version!r}, __spec__=sys.modules["nodes"].__spec__)
+print("LOADED", asyncio.run(nodes.load_custom_node({pack!r}, set())))
+"""
+
+
+@pytest.mark.parametrize("version", ["0.3.64", "0.11.1"])
+def test_a_comfyui_too_old_is_told_so_in_one_line(comfyui, tmp_path, version):
+    command = [comfyui[1], "-c", OLD.format(pack=str(PACK), version=version), "main.py", str(tmp_path)]
+    out = subprocess.run(command, cwd=comfyui[0], env=environment(), capture_output=True, text=True, timeout=300)
+    assert "LOADED True" in out.stdout, out.stderr[-3000:]
+    oldest = tomllib.loads((PACK / "pyproject.toml").read_text())["tool"]["comfy"]["requires-comfyui"].strip(">=")
+    assert out.stderr.count(f"OneStep needs ComfyUI {oldest} or later, and this is {version}: update ComfyUI.") == 1
+    assert "Traceback" not in out.stderr
 
 
 def test_a_file_written_again_is_loaded_again(client, folder):

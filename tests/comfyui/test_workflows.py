@@ -45,6 +45,57 @@ def test_says_where_its_nodes_come_from_and_what_to_look_at(name):
         assert thumbnail.width == thumbnail.height >= 256
 
 
+TITLE = 30  # what is drawn above a node's position
+TIGHT = 50  # to the next node in a column: its title, and room for the badge that Vue nodes write in the body
+
+
+def boxes(workflow: dict) -> dict[int, tuple[float, float, float, float]]:
+    """Node -> left, top (of its title), right, bottom."""
+    found = {}
+    for n in workflow["nodes"]:
+        (x, y), (width, height) = n["pos"], n["size"]
+        found[n["id"]] = x, y - TITLE, x + width, y + (0 if n["flags"].get("collapsed") else height)
+    return found
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_nodes_lie_apart_inside_their_groups(name):
+    workflow = read(name)
+    found = boxes(workflow)
+    for a, first in found.items():
+        for b, second in found.items():
+            apart = first[2] + 20 <= second[0] or first[3] + TIGHT - TITLE <= second[1]
+            assert a == b or apart or second[2] + 20 <= first[0] or second[3] + TIGHT - TITLE <= first[1], (a, b)
+    for group in workflow["groups"]:
+        x, y, width, height = group["bounding"]
+        for node, (left, top, right, bottom) in found.items():
+            outside = right < x or left > x + width or bottom < y or top > y + height
+            assert outside or (x < left and right < x + width and y + 40 < top and bottom < y + height), node
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_opens_whole_on_a_small_screen(name):
+    """Beside the side bar, under the tabs and the Run button, of 1280 x 800 pixels, and large enough to be read."""
+    workflow = read(name)
+    scale, (dx, dy) = workflow["extra"]["ds"]["scale"], workflow["extra"]["ds"]["offset"]
+    lefts, tops, rights, bottoms = zip(*boxes(workflow).values(), *(corners(g) for g in workflow["groups"]))
+    assert scale > 0.65  # below 0.6 the old canvas draws no text
+    assert (min(lefts) + dx) * scale > 80 and (min(tops) + dy) * scale > 95
+    assert (max(rights) + dx) * scale < 1270 and (max(bottoms) + dy) * scale < 790
+
+
+def corners(group: dict) -> tuple[float, float, float, float]:
+    x, y, width, height = group["bounding"]
+    return x, y, x + width, y + height
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_notes_are_readable_with_vue_nodes(name):
+    """Which write inline code in blue on the note's brown."""
+    for n in read(name)["nodes"]:
+        assert n["type"] != "MarkdownNote" or "`" not in n["widgets_values"][0]
+
+
 def test_the_teacher_is_called_as_its_file_recommends():
     teacher = read_metadata(bundled("teacher"))
     settings = next(n["inputs"] for n in api("teacher-and-student").values() if n["class_type"] == "KSampler")
