@@ -67,6 +67,12 @@ def test_the_node_makes_a_smaller_file_and_says_how(quantized, folder):
     assert len(steps) > 3
 
 
+def test_the_tutorials_prompts_are_for_the_tutorials_models(client):
+    """The tiny model's tokenizer has other words than the bundled one's."""
+    run = client.run(quantize("student.safetensors", name="general", prompts="", text_encoder=False))
+    assert not run.errors and "calibrated on 64 general prompts" in run.outputs["quantize"]["text"][0]
+
+
 def test_the_new_file_is_close_to_the_old_one(client, quantized):
     assert 1e-3 < relative(latent_of(client, one_step(OUT)), latent_of(client, one_step("student.safetensors"))) < 0.3
 
