@@ -207,11 +207,17 @@ def encode_all(model: Backbone, prompts: list[str], batch: int = 64) -> Cond:
 
 def weaker(teacher: Backbone, weak: Backbone) -> Denoiser:
     """A worse teacher's net as a Denoiser, for autoguidance. Raises CheckpointError where it is called otherwise."""
-    for name in ("prediction", "schedule"):
-        ours, theirs = getattr(teacher.meta, name), getattr(weak.meta, name)
-        if ours != theirs:
-            problem = f"{name} is {theirs}, {teacher.name}'s is {ours}"
-            raise CheckpointError(f"{weak.name}: {problem}. Pass an early checkpoint of that teacher.")
+    latent = ("channels", "scale", "shift", "factor")
+    ours, theirs = (
+        {"prediction": m.prediction, "schedule": m.schedule, **{f"latent {k}": m.latent[k] for k in latent}}
+        for m in (teacher.meta, weak.meta)
+    )
+    cure = "Pass an early checkpoint of that teacher."
+    for name in ours:
+        if ours[name] != theirs[name]:
+            raise CheckpointError(f"{weak.name}: {name} is {theirs[name]}, {teacher.name}'s is {ours[name]}. {cure}")
+    if weak.meta.text_encoder is not None and weak.meta.text_encoder != teacher.meta.text_encoder:
+        raise CheckpointError(f"{weak.name}: its words (text_encoder) are not {teacher.name}'s. {cure}")
     return teacher.wrap(weak.net)
 
 

@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checks import SEEDS, positive, within
+from ..checks import SEEDS, need, within
 from ..packed.weight import QuantError
 
 Progress = Callable[[int, int, str], None]
@@ -61,7 +61,9 @@ class Quantize:
 
     def __post_init__(self):
         within(self, rank=(1, inf), alpha=(0, 1), samples=(1, inf), steps=(1, inf), rows=(1, inf), seed=SEEDS)
-        positive(self, "budget")
+        code = max(4, self.bits)  # codes of 2 and 3 bits are stored in 4
+        enough = self.budget is None or code < self.budget < inf
+        need(enough, "budget", self.budget, f"above {code}, the bits of a code, as scales take some too")
         if self.group_size < 16:
             raise QuantError(f"group size {self.group_size} is below 16: choose 32, 64 or 128")
         if self.budget is not None and (self.method in ("svd", "smoothquant") or self.format != "onestep"):

@@ -76,7 +76,7 @@ def train(
     no reference to the generator, or close it). With `minutes` the clock decides the learning rates, so only runs by
     `steps` repeat bitwise.
 
-    Several processes (torchrun, accelerate launch; without GPUs device="cpu") start from the first one's weights and
+    Several processes (torchrun; without GPUs device="cpu") start from the first one's weights and
     average their gradients.
     """
     from accelerate import Accelerator

@@ -68,13 +68,18 @@ QUICK = ["train", "vsd", "--steps", "2", "--batch-size", "2", "--device", "cpu",
         ([*QUICK, "--out", "x", "--teacher", "student"], "teacher is 'student.safetensors': a student, made by"),
         ([*QUICK, "--out", "x", "--t-min", "2"], "t_min, t_max is (2.0, 0.98)"),
         ([*QUICK, "--out", "x", "--teacher", "foreign.safetensors"], "not of the tutorial world: give --prompts"),
+        (
+            [*QUICK, "--out", "x", "--weak", "foreign.safetensors", "--autoguidance", "2"],
+            "(text_encoder) are not teacher",
+        ),
         ([*QUICK, "--out", "x", "--init", "foreign.safetensors"], "foreign.safetensors: another architecture"),
         (["quantize", "plain.safetensors", "plain.safetensors"], "plain.safetensors is the source itself"),
         (["quantize", "student", "new.safetensors", "--samples", "0"], "samples is 0: 1 or more"),
         (["quantize", "student", "new.safetensors", "--rows", "0"], "rows is 0: 1 or more"),
         (["quantize", "student", "new.safetensors", "--steps", "0"], "steps is 0: 1 or more"),
         (["quantize", "student", "new.safetensors", "--rank", "0"], "rank is 0: 1 or more"),
-        (["quantize", "student", "new.safetensors", "--budget", "-1"], "budget is -1.0: above 0"),
+        (["quantize", "student", "new.safetensors", "--budget", "-1"], "budget is -1.0: above 4, the bits of a code"),
+        (["quantize", "student", "new.safetensors", "--budget", "4"], "budget is 4.0: above 4, the bits of a code"),
         (["quantize", "student", "new.safetensors", "--seed", "9" * 20], "seed is 99999999999999999999: -922"),
         (["quantize", "student", "folder"], "folder is a folder: name a file to write"),
         (["quantize", "student", "new.safetensors", "--report", "prompts.txt/r.json"], "prompts.txt is a file"),
@@ -91,3 +96,10 @@ def test_mistakes_are_told_and_exit_2(place, door, words, says):
     assert says in told and "Traceback" not in err
     assert not out.strip() and not Path("x").exists()
     assert before == {p: p.read_bytes() for p in place.iterdir() if p.is_file()}
+
+
+def test_a_folder_without_permission_is_found_before_anything_is_computed(place, door, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for words in (["sample", "a ring"], ["eval", "--out", "new/x.json"], [*QUICK, "--out", "new"]):
+        code, _, err = door(*words)
+        assert code == 2 and f"cannot be written: no permission for {place}" in err and not Path("new").exists()

@@ -251,8 +251,8 @@ def test_refusals_name_the_file_and_the_cure(student, tmp_path):
         quantize_file(tmp_path, new)
     with pytest.raises(QuantError, match="awq needs calibration"):
         quantize_file(student, new, Quantize(method="awq", calibrate=False))
-    with pytest.raises(QuantError, match=r"a budget of 2 bits a weight is below the \d\.\d\d"):
-        quantize_file(student, new, Quantize(budget=2.0, calibrate=False))
+    with pytest.raises(QuantError, match=r"a budget of 4.01 bits a weight is below the \d\.\d\d"):
+        quantize_file(student, new, Quantize(budget=4.01, calibrate=False))
     with pytest.raises(QuantError, match="leave out --text-encoder"):
         Quantize(format="nvfp4", text_encoder=True)
     with pytest.raises(QuantError, match="no regular expression"):
