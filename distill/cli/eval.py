@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
+BATCH = 128
+"""Pictures at once; the noise is the same for any number that `Backbone.sample` takes at once too."""
+
 
 @dataclass(frozen=True)
 class Eval:
@@ -35,15 +38,17 @@ def run(o: Eval) -> dict[str, dict]:
     a model of another world."""
     from ..atomic import replace
     from ..checks import SEEDS, need, within
-    from .console import pick_device, writable
+    from .console import bars, pick_device, writable
 
     within(o, n=(16, inf), seeds=(1, inf), steps=(1, inf), guidance=(-inf, inf), seed=SEEDS)
     if o.out:
         writable(o.out)
+    import torch
+
     from ..backbones import load
     from ..file.metadata import read_metadata
     from ..tutorial.bundled import bundled, find
-    from ..tutorial.metrics import Judge, evaluate_seeds
+    from ..tutorial.metrics import Judge, evaluate_seeds, pictures
     from ..tutorial.prompts import speaks
     from ..tutorial.rows import floors, print_table
 
@@ -52,11 +57,21 @@ def run(o: Eval) -> dict[str, dict]:
     baked = o.guidance is not None and model.meta.guidance.get("baked")
     need(not baked, "guidance", o.guidance, f"{model.name} is a student, its guidance is in its weights")
 
-    def generate(prompts, generator):
-        return model.sample(prompts, generator, steps=o.steps, guidance=o.guidance).cpu()
-
+    made, total = 0, o.seeds * pictures(o.n)
     how = {"n": o.n, "seeds": o.seeds, "first": o.seed}
-    rows = {f"{model.name}, {steps_of(o.steps or model.meta.steps)}": evaluate_seeds(generate, judge, **how)}
+    with bars() as told:
+
+        def generate(prompts: list[str], generator: torch.Generator) -> torch.Tensor:
+            nonlocal made
+            images = []
+            for i in range(0, len(prompts), BATCH):
+                some = prompts[i : i + BATCH]
+                images.append(model.sample(some, generator, steps=o.steps, guidance=o.guidance).cpu())
+                made += len(some)
+                told("pictures", made / total)
+            return torch.cat(images)
+
+        rows = {f"{model.name}, {steps_of(o.steps or model.meta.steps)}": evaluate_seeds(generate, judge, **how)}
     if model.meta.teacher == bundled("teacher").name:
         rows |= {f"teacher, {name}": row for name, row in read_metadata(bundled("teacher")).metrics.items()}
     rows |= floors(model, judge, **how)

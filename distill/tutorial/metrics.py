@@ -155,6 +155,11 @@ def evaluate(generate: Generate, judge: Judge, n: int = 1024, seed: int = 1234) 
     )
 
 
+def pictures(n: int) -> int:
+    """How many pictures `evaluate` asks a generator for."""
+    return n + max(n // 4, 16) + 2 * GROUPS * PER_GROUP
+
+
 def evaluate_seeds(generate: Generate, judge: Judge, n: int = 1024, seeds: int = 3, first: int = 1234) -> dict:
     """`evaluate` at `seeds` seeds from `first` on: a report's fields as means, and under "each" the values they are of.
 

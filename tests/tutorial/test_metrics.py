@@ -83,7 +83,14 @@ def test_grey_and_blends_of_pictures_show_nothing(judge):
 
 
 def test_real_pictures_are_as_good_as_real(judge):
-    report = metrics.evaluate(world(), judge, n=256)
+    real, asked = world(), []
+
+    def counted(prompts, generator):
+        asked.append(len(prompts))
+        return real(prompts, generator)
+
+    report = metrics.evaluate(counted, judge, n=256)
+    assert sum(asked) == metrics.pictures(256)
     assert report.accuracy > 0.99 and report.held_out_accuracy > 0.98
     assert report.frechet < 2 * report.frechet_floor
     assert 0.95 < report.style_ratio <= 1 and 0.9 < report.entropy_ratio < 1.1
