@@ -127,12 +127,18 @@ class OneStepQuantize(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, name, method, bits, budget=0.0, text_encoder=False, prompts="") -> io.NodeOutput:
+        started = time.monotonic()
         from ..distill.quantize.options import Quantize
         from ..distill.quantize.run import quantize_file
 
-        started = time.monotonic()
         source, out = locate(file, FOLDERS), target(file, name)
-        options = Quantize(method=method, bits=int(bits), budget=budget or None, text_encoder=text_encoder)
+        options = Quantize(
+            method=method,
+            bits=int(bits),
+            budget=budget or None,
+            text_encoder=text_encoder,
+            calibrate=not is_onestep(source),  # those are run here, in ComfyUI, or not at all
+        )
         stats, said = statistics(source, options, prompts)
         report = quantize_file(source, out, options, stats, progress(), force=True)  # `target` has its own rule
         MADE.add(out)
@@ -146,7 +152,7 @@ def statistics(source: Path, options: Quantize, prompts: str) -> tuple[dict[str,
     """(what flows into the layers or None, what to say about it)."""
     if options.method == "rtn" and options.budget is None:
         return None, "rounding to nearest takes no calibration"
-    if "onestep.version" not in read_header(source).get("__metadata__", {}):
+    if not is_onestep(source):
         return None, "data-free: only OneStep files say how they are run"
     from .native import calibrate
 
@@ -157,6 +163,11 @@ def statistics(source: Path, options: Quantize, prompts: str) -> tuple[dict[str,
     given, what = (given, f"{len(given)} prompts") if given else calibrate.default_prompts(meta)
     stats = calibrate.calibrate(source, meta, given, options.text_encoder, progress())
     return stats, calibrate.said(meta, what)
+
+
+def is_onestep(source: Path) -> bool:
+    """Whether a file says how it is run."""
+    return "onestep.version" in read_header(source).get("__metadata__", {})
 
 
 def progress() -> Callable[[int, int, str], None]:

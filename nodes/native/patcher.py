@@ -66,10 +66,10 @@ class Patcher(ModelPatcher):
     def _inner(self, key: str) -> bool:
         return key.rpartition(".")[2] not in ("weight", "bias") and self.layer(key) is not None
 
-    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, **newer):
         layer = self.layer(key) if key.endswith(".weight") else None
         if layer is None:
-            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **newer)
         if return_weight:  # somebody wants the dense weight with its patches
             return layer.patched_weight(self.patches.get(key, []), device_to or layer.weight.device, torch.float32)
         return None  # `hand_over` has it

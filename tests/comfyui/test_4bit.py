@@ -65,6 +65,8 @@ def test_the_node_makes_a_smaller_file_and_says_how(quantized, folder):
     assert "calibrated on 1 prompts" in text and "bits per weight" in text
     steps = [e for e in run.events if e == ("progress", "quantize")]
     assert len(steps) > 3
+    seconds = float(text.splitlines()[-1].removesuffix(" s"))
+    assert 0.5 * run.seconds < seconds + 0.05 and seconds - 0.05 < run.seconds  # calibration takes most of them
 
 
 def test_the_tutorials_prompts_are_for_the_tutorials_models(client):
@@ -160,12 +162,38 @@ def test_cancel_leaves_no_file(client, server, folder):
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("../outside", "leads out of"), ("/tmp/outside", "leads out of"), ("half", "not a quantized one")],
+    [
+        ("../outside", "leads out of"),
+        ("/tmp/outside", "leads out of"),
+        ("half", "not a quantized one"),
+        ("student", "the file to be quantized"),
+        ("x" * 300, "a name of 3"),
+    ],
 )
 def test_nothing_is_written_where_it_must_not_be(client, folder, name, problem):
     before = sorted(folder.parent.rglob("*"))
     run = client.run(quantize("student.safetensors", name=name))
     assert problem in run.errors["quantize"] and sorted(folder.parent.rglob("*")) == before
+
+
+def test_rounding_to_nearest_gives_no_advice_on_calibration(client, server):
+    before = len(server.log)
+    run = client.run(quantize("student.safetensors", name="nearest", method="rtn"))
+    assert "takes no calibration" in run.outputs["quantize"]["text"][0]
+    assert "data-free" not in server.log[before:]
+
+
+def test_a_file_that_is_gone_or_another_between_runs(client, folder):
+    graph = quantize("coming.safetensors", name="going", method="rtn")
+    source = tiny.write(folder / "coming.safetensors", seed=1)
+    assert not client.run(graph).errors
+    first = (folder / "going.safetensors").read_bytes()
+    tiny.write(source, seed=2)
+    assert not client.run(graph).errors and (folder / "going.safetensors").read_bytes() != first
+    source.unlink()
+    assert (
+        "no such file" in client.run(graph).errors["quantize"] or "not in list" in client.run(graph).errors["quantize"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ LoRA

@@ -229,6 +229,7 @@ def test_schemas_help_and_search(server):
         assert all(schema["output_tooltips"]) and schema["description"] and schema["search_aliases"], name
         page = server.get(f"/extensions/onestep-nodes/docs/{name}.md").decode()
         assert page.startswith("# ") and all(f"`{i}`" in page for i in inputs), name
+        assert not any(line.startswith("|") for line in page.splitlines()), f"{name}: the panel cuts tables"
     files = ours["OneStepLoadStudent"]["input"]["required"]["file"][1]["options"]
     assert files[:2] == ["bundled: student", "bundled: teacher"] and "student.safetensors" in files
 
