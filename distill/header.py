@@ -62,15 +62,21 @@ def read_header(path: str | Path) -> dict[str, Any]:
         header = json.loads(text)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON. Download it again.") from None
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-        sound = all(type(n) is int for n in ends)
-        sound &= all(isinstance(s, str) for s in header.get("__metadata__", {}).values())
-    except (AttributeError, KeyError, IndexError, TypeError):
-        sound = False
-    if not sound:
+    strings = header.get("__metadata__", {})
+    sound = isinstance(strings, dict) and all(isinstance(s, str) for s in strings.values())
+    if not (sound and all(_is_entry(entry) for name, entry in header.items() if name != "__metadata__")):
         raise CheckpointError(f"{path}: damaged: its header is not a table of tensors. Download it again.")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise CheckpointError(f"{path}: truncated: {size} of {expected} bytes. Download it again.")
     return header
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this says of what type and shape a tensor is, and where."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    return lists and all(type(n) is int and n >= 0 for n in (*shape, *offsets)) and offsets[0] <= offsets[1]

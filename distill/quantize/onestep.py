@@ -32,6 +32,8 @@ class OneStep(Runnable):
         """The file's nets without weights, to be streamed; or None and why it cannot run."""
         meta = Metadata.from_strings(source.metadata, source.path, len(source))
         configs = meta.architecture
+        if meta.family != "stable_diffusion":
+            return None, f"data-free: models of the family {meta.family!r} are not run here"
         if not configs.get("text_encoder"):
             return None, "data-free: the file holds no text encoder to make its prompts' embeddings"
         unet, text = (empty(name, meta, source.path) for name in ("unet", "text_encoder"))
@@ -39,9 +41,15 @@ class OneStep(Runnable):
         keys = {f"unet.{n}": layouts.UNET + ldm for ldm, n in names.items()}
         names = layouts.text_to_ldm({n: n for n in text.state_dict()})
         keys |= {f"text.{n}": layouts.TEXT + ldm for ldm, n in names.items()}
-        missing = next((k for k in keys.values() if k not in source), None)
-        if missing is not None:
-            raise CheckpointError(f"{source.path}: wrong architecture: {missing!r} is missing. {checkpoint.CURE}")
+        shapes = {
+            f"{part}.{n}": w.shape
+            for part, net in (("unet", unet), ("text", text))
+            for n, w in net.state_dict().items()
+        }
+        wrong = next((k for n, k in keys.items() if k not in source or source.entries[k].shape != shapes[n]), None)
+        if wrong is not None:
+            problem = f"{wrong!r} is missing, or of another shape than the metadata says"
+            raise CheckpointError(f"{source.path}: wrong architecture: {problem}. {checkpoint.CURE}")
         self = cls({"unet": unet, "text": text}, keys, source)
         modules = {"unet": unet, "vae": _vae(source, meta), "text_encoder": text}
         self.model = StableDiffusion(modules, build_tokenizer(meta, source.path), meta, source.path.name)

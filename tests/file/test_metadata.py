@@ -106,6 +106,29 @@ def test_metadata_that_is_no_text_is_refused(tmp_path, found):
         read_metadata(path)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        {},
+        {"shape": "x"},
+        {"shape": ["x"]},
+        {"shape": [-1]},
+        {"data_offsets": [4]},
+        {"data_offsets": [4, 0]},
+        {"dtype": 7},
+    ],
+)
+def test_an_entry_that_is_none_is_refused(tmp_path, entry):
+    sound = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    text = json.dumps({"a": sound | entry if entry else entry}).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match=f"{path}: damaged: its header is not a table of tensors"):
+        read_header(path)
+
+
 def test_a_name_too_long_for_the_disk_is_one_line():
     with pytest.raises(CheckpointError, match="cannot be opened: File name too long"):
         read_metadata("x" * 300)
