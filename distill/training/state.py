@@ -136,6 +136,8 @@ class Run:
             self.recognise(found[1], folder)
             self.load(*found[:2])
             self.tell(found[1])
+        elif resume and store.checkpoints(folder):
+            raise ValueError(f"{folder}: none of its checkpoints can be read: name another folder, or remove it")
         elif not resume and store.checkpoints(folder):
             raise FileExistsError(f"{folder} holds a run already: resume it, or name another folder")
 

@@ -253,3 +253,14 @@ def test_an_unreadable_checkpoint_is_passed_over(tmp_path):
     assert_same(tmp_path / "a", tmp_path / "b")
     assert not list(newest.parent.glob(".*"))
     assert len(store.checkpoints(newest.parent)) == TINY.keep and older.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_a_run_whose_checkpoints_are_all_unreadable_is_not_begun_anew(tmp_path):
+    run("copy", tmp_path)
+    found = store.checkpoints(tmp_path / "checkpoints")
+    for path in found:
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="none of its checkpoints can be read"):
+        run("copy", tmp_path, resume=True)
+    assert [p.read_bytes() for p in found] == [b"damaged"] * len(found)
