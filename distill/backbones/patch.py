@@ -46,7 +46,7 @@ class PatchAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = {"type": "patch", "channels": channels, "factor": factor, "width": width, "depth": depth}
-        self.config |= {"pyramid": list(pyramid)} if pyramid else {"detail": detail}
+        self.config |= {"detail": detail} | ({"pyramid": list(pyramid)} if pyramid else {})
         if pyramid and factor != 2 ** len(pyramid):
             raise ValueError(f"factor is {factor}, a pyramid of {len(pyramid)} widths makes {2 ** len(pyramid)}")
         fold = (

@@ -83,7 +83,15 @@ UNET = table(
 )
 """UNet2DConditionModel's configuration."""
 PATCH = table(
-    {"type": one_of("patch"), "channels": SIZE, "factor": whole(1, 64), "width": SIZE, "depth": DEPTH, "detail": SIZE},
+    {
+        "type": one_of("patch"),
+        "channels": SIZE,
+        "factor": whole(1, 64),
+        "width": SIZE,
+        "depth": DEPTH,
+        "detail": SIZE,
+        "pyramid": every(SIZE, LEVELS),
+    },
     ("channels", "factor", "width", "depth", "detail"),
 )
 """PatchAutoencoder's."""
