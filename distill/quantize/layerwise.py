@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -55,6 +55,12 @@ def uniform(options: Quantize, method: str, channels: int) -> Choice:
     if method == "smoothquant" or options.bits == 8:
         return Choice(8)
     return Choice(options.bits, group_for(channels, options.group_size), options.rank if method == "svd" else 0)
+
+
+def described(choice: Choice, q: QuantizedWeight) -> str:
+    """What a layer became, for the report: a choice, or the grid of equal size that fitted it better."""
+    signed = choice.group and q.zero is None
+    return f"{replace(choice, group=q.group_size)}, signed scales" if signed else str(choice)
 
 
 def tell_unseen(layers: Iterable[str], stats: Mapping[str, LayerStats]) -> None:
@@ -153,6 +159,6 @@ class Quantizer:
             weights |= q.to_tensors(layer)
             error = relative_error(dense, q.dequantize(), stats)
             kind = "weight" if stats is None else "output"
-            layers.append(Layer(layer, str(choice), dense.numel(), q.bits_per_weight, error, kind))
+            layers.append(Layer(layer, described(choice, q), dense.numel(), q.bits_per_weight, error, kind))
         self.progress(total, total, "quantizing")
         return weights, layers

@@ -30,7 +30,8 @@ class Quantize:
     bits: Literal[2, 3, 4, 8] = 4
     """A code's bits. Codes of 2 and 3 bits are stored in 4."""
     group_size: int = 64
-    """Numbers that share a scale; 128 and 64 are close, 32 is better, and costs half a bit."""
+    """Numbers that share a scale and a zero, or half as many that share a scale with a sign, where clip and awq find
+    that better; 128 and 64 are close, 32 is better, and costs half a bit."""
     budget: float | None = None
     """Mixed precision: at most so many bits a weight on average, everything counted; sensitive layers get 8 or 16."""
     rank: int = 16

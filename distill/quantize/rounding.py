@@ -1,10 +1,15 @@
-"""Rounding a dense weight to a few bits a number, one scale and one zero a group. The other methods end here.
+"""Rounding a dense weight to a few bits a number, one scale (and one zero) a group. The other methods end here.
 
     round_to_nearest    a group's smallest and largest number become its first and last code
-    clip                the pair of scale and zero with the smallest error, which cuts a group's outliers off
+    clip                the grid with the smallest error, which cuts a group's outliers off
 
 `clip` measures the error of the weight, or of what the layer puts out where rows of its input are known: for a group
 of columns with inputs X that error is |X d|^2 = d H d with H = X^T X, so one G x G matrix a group is all it needs.
+
+At 4 bits it tries two grids of equal size: scale and zero for each G numbers, or, as ggml's Q4_0, a scale alone for
+each G / 2, whose sign makes the number of largest size code 0, the -8 of -8..7. Halved groups have the smaller range,
+and 16 codes cover a little more than it where scale and zero cut it into 15 steps; a zero pays where numbers of a
+group are all of one sign, or outputs depend on few of its columns. Which is better differs from layer to layer.
 """
 
 from __future__ import annotations
@@ -37,11 +42,27 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> QuantizedWeight:
 
 
 def clip(weight: Tensor, bits: int, group: int, rows: Tensor | None = None) -> QuantizedWeight:
-    """The scale and zero of each group that minimise the error: of the weight, or of rows (R, K) @ weight."""
+    """The grids that minimise the error: of the weight, or of rows (R, K) @ weight; the better of two of equal size."""
+    found = fitted(weight, bits, group, rows)
+    if bits != 4 or group % 4 or group < 32:
+        return found
+    return min(found, fitted(weight, bits, group // 2, rows, signed=True), key=lambda q: misfit(q, weight, rows))
+
+
+def fitted(weight: Tensor, bits: int, group: int, rows: Tensor | None, signed: bool = False) -> QuantizedWeight:
+    """The best grid of each group: scale and zero, or a scale of any sign alone."""
     w = grouped(weight, group)
     hessian = None if rows is None else gram(rows, group)
-    parts = [search(part, bits, squared if hessian is None else by(hessian), hessian) for part in row_blocks(w)]
-    return encode(weight, bits, group, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    norm = squared if hessian is None else by(hessian)
+    parts = [search(part, bits, norm, hessian, signed) for part in row_blocks(w)]
+    scale, zero = (torch.cat(some) for some in zip(*parts))
+    return encode(weight, bits, group, scale, None if signed else zero)
+
+
+def misfit(q: QuantizedWeight, weight: Tensor, rows: Tensor | None) -> float:
+    """Sum of squares of what is wrong with the weight, or with rows @ weight."""
+    d = q.matrix().sub_(to_matrix(weight))
+    return (d if rows is None else rows.float() @ d.t()).square_().sum().item()
 
 
 def channelwise(weight: Tensor, int8_activations: bool = False) -> QuantizedWeight:
@@ -65,16 +86,24 @@ def span(w: Tensor, bits: int) -> Grid:
     return scale, low + 8 * scale
 
 
-def search(w: Tensor, bits: int, norm: Norm, hessian: Tensor | None) -> Grid:
-    """The best of SHRINK around the middle of each group, then least squares for its codes; never worse than span."""
-    scale, zero = span(w, bits)
-    middle = zero + ((2**bits - 1) / 2 - 8) * scale
+def signed_span(w: Tensor) -> Grid:
+    """The grid without a zero on which a group's number of largest size is code 0 (ggml's quantize_row_q4_0_ref)."""
+    top = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+    return top / -8, torch.zeros_like(top)
+
+
+def search(w: Tensor, bits: int, norm: Norm, hessian: Tensor | None, signed: bool = False) -> Grid:
+    """The best of SHRINK around the middle of each group (0 where signed), then least squares for its codes; never
+    worse than span, or signed_span."""
+    scale, zero = signed_span(w) if signed else span(w, bits)
+    center = 8 if signed else (2**bits - 1) / 2  # the code that stays where it is while the grid shrinks
+    middle = zero + (center - 8) * scale
     best, error = (scale, zero), norm(nearest(w, scale, zero, bits)[0].sub_(w))
     for share in SHRINK[1:]:
         s = scale * share
-        best, error = better(w, bits, norm, best, error, (s, middle + (8 - (2**bits - 1) / 2) * s))
+        best, error = better(w, bits, norm, best, error, (s, middle + (8 - center) * s))
     for _ in range(REFINE):
-        best, error = better(w, bits, norm, best, error, least_squares(w, *best, bits, hessian))
+        best, error = better(w, bits, norm, best, error, least_squares(w, *best, bits, hessian, signed))
     return best
 
 
@@ -85,10 +114,16 @@ def better(w: Tensor, bits: int, norm: Norm, best: Grid, error: Tensor, tried: G
     return tuple(torch.where(wins, t, b) for t, b in zip(tried, best)), torch.minimum(e, error)
 
 
-def least_squares(w: Tensor, scale: Tensor, zero: Tensor, bits: int, hessian: Tensor | None) -> Grid:
-    """The scale and zero that fit w best with its codes kept: the regression of w on the codes, weighted by H."""
+def least_squares(
+    w: Tensor, scale: Tensor, zero: Tensor, bits: int, hessian: Tensor | None, signed: bool = False
+) -> Grid:
+    """The grid that fits w best with its codes kept: the regression of w on the codes, weighted by H; without a
+    constant where signed."""
     q = nearest(w, scale, zero, bits)[1].sub_(8)  # w ~ scale q + zero
     hq = q if hessian is None else times(q, hessian)
+    if signed:
+        qq = (hq * q).sum(-1, keepdim=True)
+        return torch.where(qq > 0, (hq * w).sum(-1, keepdim=True) / qq, scale), zero
     h1 = torch.ones_like(w[:1]) if hessian is None else hessian.sum(1)[None]
     qq, q1, qw = (hq * q).sum(-1), hq.sum(-1), (hq * w).sum(-1)
     one, w1 = h1.sum(-1), (h1 * w).sum(-1)
@@ -107,7 +142,7 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, 
 
 def round_to_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """(R, groups, G) -> codes of so many bits, by the nearest."""
-    return (w - zero).div_(scale.clamp(min=1e-30)).add_(8).round_().clamp_(0, 2**bits - 1)
+    return (w - zero).div_(scale.where(scale != 0, 1e-30)).add_(8).round_().clamp_(0, 2**bits - 1)
 
 
 # ------------------------------------------------------------------------------------------------------ how far off
@@ -152,26 +187,29 @@ def row_blocks(w: Tensor) -> Iterator[Tensor]:
     return iter(w.split(max(1, AT_ONCE // w[0].numel())))
 
 
-def encode(weight: Tensor, bits: int, group: int, scale: Tensor, zero: Tensor) -> QuantizedWeight:
+def encode(weight: Tensor, bits: int, group: int, scale: Tensor, zero: Tensor | None) -> QuantizedWeight:
     """The codes for scale and zero (N, K/G, 1) as the file will hold them, so that their rounding is accounted for."""
-    flat = scale <= 0  # a group of equal numbers: code 8 says all
+    flat = scale == 0  # a group of equal numbers: code 8 says all
     scale = scale.masked_fill(flat, HALF_SMALLEST)
-    exact = (zero.abs() <= 512 * scale) | flat  # else fp16 moves the grid by more than a quarter of a step
-    scale, zero = halves(scale, zero) if exact.all() else (scale, zero)
+    if zero is None:
+        scale = halves(scale)
+    elif ((zero.abs() <= 512 * scale) | flat).all():  # else fp16 moves the grid by more than a quarter of a step
+        scale, zero = halves(scale, zero)
     w = grouped(weight, group)
     size = max(1, AT_ONCE // w[0].numel())
+    zeros = torch.zeros_like(scale) if zero is None else zero
     codes = torch.cat(
         [
             pack_nibbles(round_to_codes(part, s.float(), z.float(), bits).flatten(1))
-            for part, s, z in zip(w.split(size), scale.split(size), zero.split(size))
+            for part, s, z in zip(w.split(size), scale.split(size), zeros.split(size))
         ]
     )
-    scale, zero = (t.squeeze(-1).t().contiguous() for t in (scale, zero))
+    scale, zero = (None if t is None else t.squeeze(-1).t().contiguous() for t in (scale, zero))
     return QuantizedWeight(codes, scale, zero, tuple(weight.shape), bits)
 
 
 def halves(scale: Tensor, *others: Tensor):
     """fp16 where that loses nothing that matters: scales with all their bits, nothing past 65504. Else fp32."""
-    fits = scale.min() >= HALF_SMALLEST and all(t.abs().max() <= 65504 for t in (scale, *others))
+    fits = scale.abs().min() >= HALF_SMALLEST and all(t.abs().max() <= 65504 for t in (scale, *others))
     out = tuple(t.to(torch.float16 if fits else torch.float32) for t in (scale, *others))
     return out if others else out[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.packed.weight import to_matrix, unpack_nibbles
+from distill.packed.weight import QuantizedWeight, to_matrix, unpack_nibbles
 from distill.quantize import awq, lowrank, rounding, smooth
 from distill.quantize.calibrate import LayerStats, collect, relative_error
 
@@ -95,12 +95,32 @@ def test_an_offset_far_from_zero_keeps_its_precision():
     assert q.zero.dtype == torch.float32 and (q.dequantize() - w).abs().max() < 0.05
 
 
+def q4_0(w):
+    """ggml's quantize_row_q4_0_ref, dequantized: the number of largest size of 32 becomes -8."""
+    groups = w.reshape(-1, 32)
+    d = (groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8).half().float()
+    return ((groups / d + 8.5).floor().clamp(0, 15).sub(8) * d).view_as(w)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "one-sided"])
+def test_clip_beats_q4_0_at_equal_bits_with_whichever_grid_fits(kind):
+    g = torch.Generator().manual_seed(0)
+    w = torch.rand(64, 256, generator=g) - 0.5 if kind == "uniform" else torch.randn(64, 256, generator=g)
+    w = w.abs() if kind == "one-sided" else w
+    q = rounding.clip(w, 4, 64)
+    assert q.bits_per_weight == 4.5 and (q.zero is None, q.group_size) in ((True, 32), (False, 64))
+    assert (q.zero is None) == (kind == "gaussian")
+    assert relative_error(w, q.dequantize(), None) < 0.97 * relative_error(w, q4_0(w), None)
+    loaded = QuantizedWeight.from_tensors(q.to_tensors("layer"), "layer")
+    assert torch.equal(loaded.dequantize(), q.dequantize()) and (loaded.zero is None) == (q.zero is None)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
 def test_equal_numbers_are_exact_and_finite(value):
     w = make(8, 64)
     w[3] = value
     for q in (rounding.round_to_nearest(w, 4, 32), rounding.clip(w, 4, 32), rounding.clip(w, 4, 32, seen(w).rows)):
-        assert torch.equal(q.dequantize()[3], w[3]) and (q.scale > 0).all()
+        assert torch.equal(q.dequantize()[3], w[3]) and (q.scale != 0).all()
     zero = torch.zeros(8, 64)
     assert torch.equal(rounding.channelwise(zero).dequantize(), zero)
 
