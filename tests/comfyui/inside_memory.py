@@ -99,6 +99,7 @@ def check_saved_files_load_again():
         part = {k.removeprefix("model.diffusion_model."): t for k, t in sd.items() if k.startswith("model.")}
         assert (len(weight.layers(part)) == len(list(q[0].quantized()))) == packed_layers
         again = imported("nodes.native.model").build_model(path, config, part, activations="float")
+        imported("nodes.recipe").attach(again, config, torch.float32)
         assert error(image(again, clip), expected) < 1e-4
         assert torch.equal(image(*q), plain)
         text = [k for k in weight.layers(sd) if k.startswith("cond_stage_model.")]
