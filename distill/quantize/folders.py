@@ -88,7 +88,7 @@ class Pipeline(Runnable):
         try:
             for i, prompt in enumerate(self.prompts):
 
-                def tell(pipe, step, t, kwargs, first=i * self.steps):
+                def tell(pipe: object, step: int, t: Tensor, kwargs: dict, first: int = i * self.steps) -> dict:
                     progress(first + step + 1, total, "calibrating")
                     return kwargs
 

@@ -20,6 +20,7 @@ from distill.file.metadata import read_metadata
 from distill.header import CheckpointError, read_header
 from distill.packed.weight import QuantError, QuantizedWeight, layers, unpack_nibbles
 from distill.quantize import onestep
+from distill.quantize.budget import DENSE
 from distill.quantize.calibrate import LayerStats
 from distill.quantize.options import Quantize
 from distill.quantize.prompts import GENERAL
@@ -315,6 +316,22 @@ def test_damage_is_a_square(student):
     one, two = (runs.damage(layer, dense, Off(by)) for by in (1, 2))
     assert one > 0 and two / one == pytest.approx(4, rel=0.1)
     assert runs.damage(layer, dense, Off(0)) == 0
+
+
+def test_damage_is_a_square_where_the_model_is_not_run(student):
+    """Of the relative error of each layer's weight, so that it adds up over layers as the end-to-end one does."""
+    from distill.quantize.layerwise import Quantizer
+
+    source, layer = open_source(student), "model.diffusion_model.middle_block.0.in_layers.2"
+    work = Quantizer(source, Quantize(budget=6.0), "clip", {}, lambda *told: None)
+    measure, said = work.sensitivity([layer], None)
+    assert said.endswith("each layer's weight")
+    dense, found = work.dense(layer), {o.choice: o.damage for o in work.offers(layer, measure)}
+    assert len(found) > 2
+    for choice, damage in found.items():
+        if choice != DENSE:
+            rounded = work.layer(layer, dense, choice).dequantize()
+            assert damage == pytest.approx(((rounded - dense).norm() / dense.norm()).item() ** 2, rel=1e-3)
 
 
 def test_w8a8_is_reported_with_its_rounded_activations(student, tmp_path, monkeypatch):
