@@ -65,9 +65,14 @@ class Pipeline(Runnable):
             return None, f"data-free: {root / 'model_index.json'} knows no {part} of diffusers'"
         net = skeleton(lambda: kind.from_config(kind.load_config(source.folder)))
         self = cls({"net": net}, {f"net.{n}": k for n, k in named(net, source).items()}, source)
-        texts = {n: _text(root / n, index[n]) for n in index if n.startswith("text_encoder") and index[n][0]}
+        absent = [n for n in ("text_encoder_3", "tokenizer_3") if n in index and not (root / n).is_dir()]  # SD3's T5
+        texts = {
+            n: _text(root / n, index[n])
+            for n in index
+            if n.startswith("text_encoder") and index[n][0] and n not in absent
+        }
         unwanted = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        unwanted = {k: v for k, v in unwanted.items() if k in index}
+        unwanted = {k: v for k, v in unwanted.items() if k in index} | dict.fromkeys(absent)
         if "safety_checker" in index:
             unwanted["requires_safety_checker"] = False
         self.pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -79,7 +84,8 @@ class Pipeline(Runnable):
         self.pipe.set_progress_bar_config(disable=True)
         self.prompts, said = given_prompts(options, options.samples or SAMPLES)
         self.steps, self.seed, self.calls, self.seen = options.steps or STEPS, options.seed, [], 0
-        return self, f"calibrated on {said} at {self.steps} steps of its pipeline"
+        without = f" without {absent[0]}" if absent else ""
+        return self, f"calibrated on {said} at {self.steps} steps of its pipeline{without}"
 
     def run(self, progress: Progress) -> None:
         """One prompt at a time; the calls of the first prompt's first, middle and last step are kept as probes."""

@@ -195,6 +195,38 @@ def test_a_pipeline_s_folder_is_run_as_its_pipeline_runs(pipeline, tmp_path):
     assert again.output_error == report.output_error
 
 
+def test_sd3_without_its_t5(tmp_path):
+    """Saved without it, or its folder never downloaded: the pipeline runs on CLIP's words, and the report says so."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    words = tiny.tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = CLIPTextConfig(vocab_size=len(words), projection_dim=32, bos_token_id=0, eos_token_id=1, **sizes)
+    shape = {"sample_size": 8, "patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 1}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 4, "pos_embed_max_size": 96}
+    width = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 64}
+    diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(**shape, **heads, **width),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8, shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(clip),
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer=words,
+        tokenizer_2=words,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(tmp_path / "sd3")
+    index = tmp_path / "sd3" / "model_index.json"
+    named = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    for entries in ({}, named):
+        index.write_text(json.dumps(json.loads(index.read_text()) | entries))
+        options = Quantize(samples=1, steps=2, rows=16)
+        report = quantize_file(tmp_path / "sd3" / "transformer", tmp_path / "o.safetensors", options, force=True)
+        assert report.calibration.endswith("of its pipeline without text_encoder_3")
+        assert report.method == "awq" and 0 < report.output_error < 0.3
+
+
 def test_a_folder_that_cannot_be_run_is_quantized_aloud(pipeline, tmp_path, caplog):
     (tmp_path / "alone").symlink_to(pipeline / "unet")
     report = quantize_file(tmp_path / "alone", tmp_path / "x.safetensors")
