@@ -27,7 +27,7 @@ from . import autoencoder, demo, features, text
 from . import judge as judges
 from . import teacher as teachers
 from .bundled import ASSETS
-from .metrics import Judge, evaluate, evaluate_seeds
+from .metrics import Judge, evaluate, evaluate_seeds, known
 from .rows import floors, under_law
 
 PARTS = ("judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "measure")
@@ -229,7 +229,7 @@ def measure(o: Build, minutes: float) -> None:
     for model, ways in rows.items():
         metrics = {}
         for name, way in ways.items():
-            metrics[name] = evaluate_seeds(way, judge, o.n)
+            metrics[name] = known(evaluate_seeds(way, judge, o.n))
             print(model.name, name, metrics[name], flush=True)
             store(o.assets / model.name, metrics)
     print(floors(teacher, judge, n=o.n))

@@ -9,6 +9,7 @@ through the generator's own autoencoder, beyond which it cannot get.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
@@ -169,6 +170,13 @@ def evaluate_seeds(generate: Generate, judge: Judge, n: int = 1024, seeds: int =
     each = {f.name: [r[f.name] for r in reports] for f in fields(Report)}
     mean = {k: v[0] if k.endswith("n") and isinstance(v[0], int) else round(sum(v) / seeds, 4) for k, v in each.items()}
     return mean | {"seeds": list(range(first, first + seeds)), "each": {k: each[k] for k in COLUMNS.values()}}
+
+
+def known(report: dict) -> dict:
+    """A report for a file's card: without the figures that are not numbers, as where nothing could be read."""
+    bad = {k for k, v in report.items() if isinstance(v, float) and not math.isfinite(v)}
+    each = {k: v for k, v in report.get("each", {}).items() if all(map(math.isfinite, v))}
+    return {k: v for k, v in report.items() if k not in bad} | ({"each": each} if "each" in report else {})
 
 
 def spread(report: dict, field: str) -> float:
