@@ -386,7 +386,8 @@ def test_a_real_clip_in_4_bits(client, server, folder):
     save_file(sd, target / "clip.safetensors")
     run = client.run(quantize("clip.safetensors", method="rtn"))
     assert not run.errors and (target / "clip-4bit.safetensors").is_file(), run.errors
-    tiny.write(folder / "wide.safetensors", unet={"cross_attention_dim": 768, "class_embed_type": None})
+    wide = {"cross_attention_dim": 768, "class_embed_type": None}
+    tiny.write(folder / "wide.safetensors", unet=wide, text={"hidden_size": 768})
     results = []
     for loader, inputs in (
         ("CLIPLoader", {"clip_name": "clip.safetensors"}),
