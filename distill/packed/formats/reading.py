@@ -69,4 +69,5 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         read_header(path)  # says better what is wrong, where it is length or JSON
-        raise CheckpointError(f"{path}: damaged: {e}. Download it again.") from None
+        said = " ".join(str(e)[:300].split())  # it quotes the file, which may be endless
+        raise CheckpointError(f"{path}: damaged: {said}. Download it again.") from None

@@ -275,3 +275,12 @@ def test_fuzzed(tmp_path, kind):
         else:
             assert all(isinstance(t, torch.Tensor) for t in loaded.weights.values())
     assert refused > 100
+
+
+def test_what_a_file_says_is_not_quoted_without_end(tmp_path):
+    header = json.dumps({"a": {"dtype": "x" * 5000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError) as e:
+        read(path)
+    assert len(str(e.value)) < 600 and str(e.value).endswith("Download it again.")
