@@ -33,7 +33,7 @@ class RegressionOptions:
     solver: Literal["dpm++", "ddim"] = "dpm++"
     """dpm++ at 8 steps equals ddim at about 10 in the tutorial world."""
     solver_steps: int = 8
-    """Steps per pair: more pairs beat better pairs at a fixed time (8 in the prototypes)."""
+    """Steps per pair: more pairs beat better pairs at a fixed time."""
     pairs: int | None = 4096
     """Teacher pairs to make; they are kept in the run's folder. None: as many as `pairs_minutes` allow."""
     pairs_minutes: float | None = None

@@ -8,9 +8,8 @@ is the packed size. No dense copy outlives a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from . import dispatch
@@ -24,8 +23,6 @@ class QuantizedLayer:
 
     activations: str = "auto"
     """auto: int8 where `dispatch.integer_weight` says so; float: never; int8: wherever an integer kernel exists"""
-    branches: list[Callable[[Tensor], Tensor]]
-    """each maps the layer's input to something added to its output (LoRA); set by set_quantized"""
     _spec: dict | None = None  # the fields of QuantizedWeight that are no tensors
 
     @property
@@ -45,28 +42,20 @@ class QuantizedLayer:
                 self.register_buffer(suffix, t)
         self.register_buffer(MARK, w.to_tensors("")[f".{MARK}"])
         self._spec = {"shape": w.shape, "bits": w.bits, "int8_activations": w.int8_activations}
-        self.branches = getattr(self, "branches", [])
 
     def get_quantized(self) -> QuantizedWeight:
         """The layer's tensors as they are."""
         return QuantizedWeight(**{f: self._buffers.get(s) for f, s in SUFFIXES.items()}, **self._spec)
 
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this layer stands for, low-rank branch and pre_quant_scale included; `branches` are not."""
-        return self.get_quantized().dequantize(dtype)
-
     def quantized_forward(self, x: Tensor) -> Tensor:
-        """The layer's output, bias and branches included."""
+        """The layer's output, bias included."""
         w = self.get_quantized()
         if w.codes.device != x.device:  # offloaded: only the packed tensors travel
             w = w.to(x.device)
         bias = self.bias
         if bias is not None and (bias.device != x.device or bias.dtype != x.dtype):
             bias = bias.to(x.device, x.dtype)
-        y = self._compute(w, x, bias)
-        for branch in self.branches:
-            y = y + branch(x)
-        return y
+        return self._compute(w, x, bias)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As the dense layer's; computes on the packed weight."""

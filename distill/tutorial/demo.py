@@ -1,6 +1,6 @@
 """The demo: a one-step student of the bundled teacher in about five minutes on two cores, and how the two compare.
 
-Teacher pairs, regression on them, then VSD with a coach: the order that was best in prototypes. Each stage gets a share
+Teacher pairs, regression on them, then VSD with a coach: the order that was best. Each stage gets a share
 of the time. Everything is written as it is made, so that a stopped demo goes on.
 """
 
