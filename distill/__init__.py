@@ -37,7 +37,7 @@ _FACE = {
     "training.students": ["train_student"],
     "training.loop": ["train", "Diverged"],
     "training.options": ["TrainOptions"],
-    "training.prompts": ["prompt_batches", "image_batches"],
+    "training.batches": ["prompt_batches", "image_batches"],
     "methods.base": ["Method", "Net", "Phase"],
     "methods.vsd": ["VSD", "VSDOptions"],
     "methods.sds": ["SDS", "SDSOptions"],

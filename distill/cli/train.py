@@ -23,8 +23,11 @@ class Run:
     """A worse teacher of the same kind, for --autoguidance. Default: an early checkpoint of the bundled teacher."""
     init: str | None = None
     """A OneStep file to start the student from, such as the student of a regression. Default: the teacher."""
-    prompts: Path | None = None
-    """A text file with one prompt a line. Default, for teachers of the tutorial world: that world's."""
+    prompts: str | None = None
+    """A .txt with one prompt a line, a .jsonl, .csv or .parquet, or the name of a Hugging Face dataset. Default, for
+    teachers of the tutorial world: that world's."""
+    column: str | None = None
+    """The column of the prompts. Default: prompt, caption, text or description, or the only one with text."""
     batch_size: int = 32
     t_in: float | None = None
     """The timestep the student is called at, as the net counts them. Default: the teacher's noisiest. DMD2: 399."""
@@ -67,7 +70,8 @@ def train(o: Run) -> Path:
     from ..backbones.base import weaker
     from ..checks import need
     from ..header import CheckpointError
-    from ..training.prompts import prompt_batches, read_prompts
+    from ..training.batches import prompt_batches
+    from ..training.prompts import read_prompts
     from ..training.students import train_student
     from ..tutorial.bundled import find
     from ..tutorial.prompts import shape_batches, speaks
@@ -77,7 +81,7 @@ def train(o: Run) -> Path:
     file = o.out / "student.safetensors"
     writable(o.out, folder=True)
     refuse_run(o.out, [o.out], o.resume, o.force)
-    prompts = read_prompts(o.prompts) if o.prompts else None
+    prompts = read_prompts(o.prompts, o.column) if o.prompts else None
     teacher = open_teacher(o.teacher, o.device)
     teacher.time(o.t_in)
     if prompts is None and not speaks(teacher):

@@ -40,7 +40,7 @@ def train_student(
             print(step.step, step.logs)
         teacher.save_student("student.safetensors", step.ema, method="vsd")
 
-    batches: of prompts, as training.prompts makes them. net: where the student starts, trained in place; default a copy
+    batches: of prompts, as training.batches makes them. net: where the student starts, trained in place; default a copy
     of the teacher's. t_in: the timestep the student is called at, as the net counts them; default the teacher's
     noisiest. weak: a worse teacher, for autoguidance. told(what, share) hears of data that is made first. The rest is
     as for `train`, ValueError and Diverged included. The teacher is as it was when the generator ends or is closed.

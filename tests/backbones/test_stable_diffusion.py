@@ -10,7 +10,7 @@ from distill.denoiser import guided
 from distill.header import CheckpointError
 from distill.sample import few_step, one_step, solve
 from distill.schedule import randn
-from distill.training.prompts import image_batches, read_prompts
+from distill.training.batches import image_batches
 
 PROMPTS = ["a small red ring", "a large blue square, top left"]
 CURVES = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}, "linear": {}}
@@ -167,11 +167,3 @@ def test_pictures_in_a_folder_are_batches_of_latents(student, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no pictures in it"):
         image_batches(student, tmp_path / "none", 8)
-
-
-def test_prompts_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("Blåbär".encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.txt: not UTF-8"):
-        read_prompts(tmp_path / "latin.txt")
-    with pytest.raises(ValueError, match="a folder, not a file of prompts"):
-        read_prompts(tmp_path)

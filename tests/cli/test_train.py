@@ -61,10 +61,10 @@ def test_where_the_student_starts_and_is_called(place, door):
 def test_every_line_of_a_prompts_file_is_used(place, door, monkeypatch):
     seen = []
 
-    import distill.training.prompts as prompts
+    import distill.training.batches as module
 
-    real = prompts.prompt_batches
-    monkeypatch.setattr(prompts, "prompt_batches", lambda *a: recorder(real(*a), seen))
+    real = module.prompt_batches
+    monkeypatch.setattr(module, "prompt_batches", lambda *a: recorder(real(*a), seen))
     code = door(*QUICK, "--out", "x", "--prompts", "prompts.txt", "--batch-size", 8)[0]
     assert code == 0
     rows = torch.cat([b["cond"]["class_labels"] for b in seen])
