@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .buffers import result, scratch
 from .unpack import dense, integer, norm
-from .weight import QuantizedWeight, from_matrix
+from .weight import QuantizedWeight
 
 WEIGHTS = 1 << 22
 """fp32 weights unpacked for one multiplication: 16 MB"""
@@ -77,11 +77,11 @@ def float_conv(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride: Pair,
     n, rows = w.out_features, max(1, min(w.out_features, WEIGHTS // w.in_features))
     part = scratch("dense", (rows, w.in_features), torch.float32)
     if rows == n:
-        return F.conv2d(x, from_matrix(dense(w, 0, n, part), w.shape), bias, stride, padding, dilation)
+        return F.conv2d(x, w.unrolled(dense(w, 0, n, part)), bias, stride, padding, dilation)
     x, y = x.contiguous(memory_format=torch.channels_last), None
     for i in range(0, n, rows):
         j = min(n, i + rows)
-        weight = from_matrix(dense(w, i, j, part[: j - i]), (j - i, *w.shape[1:]))
+        weight = w.unrolled(dense(w, i, j, part[: j - i]))
         some = F.conv2d(x, weight, None if bias is None else bias[i:j], stride, padding, dilation)
         if y is None:
             y = result(len(x), *some.shape[2:], n).permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ from torch import Tensor
 from . import cpu, cuda, verify
 from .cache import small_dense
 from .unpack import coarseness
-from .weight import QuantizedWeight, from_matrix
+from .weight import QuantizedWeight
 
 FEW = 16
 """rows"""
@@ -135,7 +135,7 @@ def _pixels(w: QuantizedWeight, x: Tensor, bias: Tensor | None, stride, pads, di
 
     def plain(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = cpu.padded(x, pads)
-        return F.conv2d(x, from_matrix(w.matrix(), w.shape), bias, stride, padding, dilation)
+        return F.conv2d(x, w.unrolled(w.matrix()), bias, stride, padding, dilation)
 
     def int8(w: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return cpu.int8_conv(w, x, bias, *geometry)[0]

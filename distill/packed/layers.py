@@ -41,7 +41,7 @@ class QuantizedLayer:
             if t is not None:
                 self.register_buffer(suffix, t)
         self.register_buffer(MARK, w.to_tensors("")[f".{MARK}"])
-        self._spec = {"shape": w.shape, "bits": w.bits, "int8_activations": w.int8_activations}
+        self._spec = {name: getattr(w, name) for name in ("shape", "bits", "int8_activations", "flat")}
 
     def get_quantized(self) -> QuantizedWeight:
         """The layer's tensors as they are."""

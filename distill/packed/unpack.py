@@ -6,6 +6,8 @@ the thread keeps: about 0.4 ns a weight, where unpacking whole tensors takes 3.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,12 +65,13 @@ def affine(w: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
 
 
 def integer(w: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """w.matrix() ~ w8.t() * step[:, None] with w8 (K, N) int8 (scratch, or the codes themselves) and step (N,) fp32.
+    """W ~ w8.t() * step[:, None] with w8 (K, N) int8 (scratch, or the codes themselves) and step (N,) fp32; W is
+    w.matrix(), its columns over (kh, kw, in) even where w is flat.
 
     Each row's largest number becomes 127. Codes turn into these by 8.8 fixed-point arithmetic in int16, exact to half
     a step: `code * (256 scale / step) + (256 low / step)`, rounded by a shift. Not for codebooks.
     """
-    if w.bits == 8 and w.zero is None and w.group_size == w.in_features:
+    if w.bits == 8 and w.zero is None and w.group_size == w.in_features and not w.flat:
         return w.codes.t(), w.scale[0].float()
     step = row_step(w)
     fine = 256 / step
@@ -83,12 +86,13 @@ def fixed_point(w: QuantizedWeight, s: Tensor, z: Tensor) -> Tensor:
     """(K, N) int8, columns in one piece: code * s + z in 8.8 fixed point, s and z (N, K/G, 1) int16."""
     n, k = w.out_features, w.in_features
     out, rows = scratch("w8", (n, k), torch.int8), max(1, BLOCK // k)
+    taps = math.prod(w.shape[2:]) if w.flat else 1
     for a in range(0, n, rows):
         b = min(n, a + rows)
         fixed = scratch("fixed", (b - a, k // w.group_size, w.group_size), torch.int16)
         fixed.view(b - a, k).copy_(codes_of(w, a, b))
         fixed.mul_(s[a:b]).add_(z[a:b]).bitwise_right_shift_(8)
-        out[a:b].copy_(fixed.view(b - a, k))
+        out[a:b].view(b - a, taps, -1).copy_(fixed.view(b - a, -1, taps).transpose(1, 2))
     return out.t()
 
 

@@ -39,7 +39,7 @@ def way(
 
     axis: that of the output's channels. case: what the ways depend on beside the shapes of w and x.
     """
-    layout = (w.shape, w.bits, w.group_size, w.zero is None, w.codebook is None)
+    layout = (w.shape, w.flat, w.bits, w.group_size, w.zero is None, w.codebook is None)
     size = (x.shape[axis], x.numel().bit_length())
     key = (case, *ways, *layout, *size, x.device, x.dtype)
     if key not in _chosen:

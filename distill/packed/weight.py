@@ -8,7 +8,8 @@ A layer `L` computes y = x' Wq^T + (x' D^T) U^T + b with x' = x * pre_quant_scal
 
 so the dense layer it stands for is `dequantize()` = (Wq + U D) * pre_quant_scale. The 4-bit layout, names and formula
 are those of comfy-kitchen's awq_w4a16. A convolution is the same with K running over (kh, kw, in), OHWI: groups lie
-along channels, and the dequantized weight is channels-last for free. Its pre_quant_scale is per input channel.
+along channels, and the dequantized weight is channels-last for free; or, where it is `flat`, over (in, kh, kw), the
+order that GGUF cuts its groups in, across kernels. Its pre_quant_scale is per input channel.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class QuantizedWeight:
     """(16,): what the codes stand for, in place of code - 8"""
     int8_activations: bool = False
     """made for integer matmul with activations rounded to 8 bits (W8A8)"""
+    flat: bool = False
+    """a convolution's columns run over (in, kh, kw)"""
 
     @property
     def out_features(self) -> int:
@@ -121,9 +124,14 @@ class QuantizedWeight:
             w = w + self.zero.to(dtype).t().unsqueeze(-1)
         return w.reshape(self.out_features, self.in_features)
 
+    def unrolled(self, matrix: Tensor) -> Tensor:
+        """Some rows (n, K) of a matrix like Wq -> (n, *shape[1:]), a view: what `from_matrix` is where not flat."""
+        shape = (len(matrix), *self.shape[1:])
+        return matrix.view(shape) if self.flat else from_matrix(matrix, shape)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight this stands for, in `shape` (channels-last memory for a convolution)."""
-        w = from_matrix(self.matrix(dtype), self.shape)
+        w = self.unrolled(self.matrix(dtype))
         if self.up is not None:
             w = w + (self.up.to(dtype) @ self.down.to(dtype).flatten(1)).view(self.shape)
         if self.pre_quant_scale is not None:
@@ -144,6 +152,8 @@ class QuantizedWeight:
             spec["rank"] = self.up.shape[1]
         if self.int8_activations:
             spec["int8_activations"] = True
+        if self.flat:
+            spec["flat"] = True
         tensors[f"{prefix}.{MARK}"] = torch.tensor(list(json.dumps(spec).encode()), dtype=torch.uint8)
         return tensors
 
@@ -213,11 +223,9 @@ def _checked(layer: str, spec: dict[str, Any], found: dict[str, Tensor]) -> Quan
     need((fmt == "onestep_codebook") == ("codebook" in found), "codebook and format disagree")
     for key, field in (("pre_quant_scale", "pre_quant_scale"), ("rank", "up")):
         need(bool(spec.get(key)) <= (field in found), f"{SUFFIXES[field]} is missing")
-    zero = found.pop("zero", None)
-    codes = found.pop("codes").view(torch.int8)
-    return QuantizedWeight(
-        codes, zero=zero, shape=tuple(shape), bits=bits, int8_activations=bool(spec.get("int8_activations")), **found
-    )
+    flags = {name: bool(spec.get(name)) for name in ("int8_activations", "flat")}
+    found = {"zero": None} | found | {"codes": codes.view(torch.int8)}
+    return QuantizedWeight(shape=tuple(shape), bits=bits, **flags, **found)
 
 
 # --------------------------------------------------------------------------------------------- layout

@@ -138,14 +138,17 @@ def cut(w: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
     return replace(w, shape=(end - start, *w.shape[1:]), **rows, **columns)
 
 
+def _kind(w: QuantizedWeight) -> tuple:
+    return (w.bits, w.flat, w.group_size, w.shape[1:], w.int8_activations, sorted(w.fields()))
+
+
 def join(parts: list) -> QuantizedWeight | None:
     """Layers with the same input, stacked along their output rows; None where their formats do not go together."""
     first = parts[0]
     if not all(isinstance(w, QuantizedWeight) for w in parts):
         return None
     for w in parts:
-        alike = (w.bits, w.group_size, w.shape[1:], w.int8_activations, sorted(w.fields()))
-        if alike != (first.bits, first.group_size, first.shape[1:], first.int8_activations, sorted(first.fields())):
+        if _kind(w) != _kind(first):
             return None
         for shared in (f for f in ("pre_quant_scale", "codebook") if f in w.fields()):
             if not torch.equal(getattr(w, shared), getattr(first, shared)):

@@ -1,5 +1,7 @@
 """Random weights of every kind that there are kernels for."""
 
+from dataclasses import replace
+
 import torch
 
 from distill.packed.weight import QuantizedWeight, pack_nibbles
@@ -23,6 +25,8 @@ def weight(kind: str, *shape: int, group: int = 32, seed: int = 0) -> QuantizedW
         )
     if kind == "no zero":  # as Q4_0: scales of any sign
         return QuantizedWeight(pack_nibbles(codes), scale * (codes[:1, ::group].t() % 2 * 2 - 1), None, shape)
+    if kind == "flat":  # a convolution of a Q4_0 GGUF
+        return replace(weight("no zero", *shape, group=group, seed=seed), flat=True)
     if kind == "3 bits":
         return round_to_nearest(dense, 3, group)
     if kind == "everything":

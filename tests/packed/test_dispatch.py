@@ -9,11 +9,11 @@ from kernel_cases import error, generator, weight
 
 from distill.packed import buffers, cache, cpu, cuda, dispatch, unpack, verify
 from distill.packed.layers import QuantConv2d, QuantLinear
-from distill.packed.weight import QuantizedWeight, from_matrix
+from distill.packed.weight import QuantizedWeight, from_matrix, to_matrix
 from distill.quantize.rounding import round_to_nearest
 
 pytestmark = pytest.mark.usefixtures("small_cases_count")
-KINDS = ["4 bits", "3 bits", "no zero", "8 bits", "8 bits in groups", "codebook", "everything"]
+KINDS = ["4 bits", "3 bits", "no zero", "8 bits", "8 bits in groups", "codebook", "everything", "flat"]
 LINEAR = [  # rows' shape, K, N, group
     ((1,), 64, 24, 32),
     ((2, 19), 96, 40, 48),
@@ -66,10 +66,11 @@ def test_convolution_is_that_of_the_dense_weight(kind, shape, n, kernel, group, 
             assert error(layer(x), expected) < 0.02
 
 
+@pytest.mark.parametrize("kind", ["4 bits", "flat"])
 @pytest.mark.parametrize("shape, n, kernel, group, arguments", CONV[:-1])
-def test_a_convolution_in_parts_is_the_whole(shape, n, kernel, group, arguments, monkeypatch):
+def test_a_convolution_in_parts_is_the_whole(kind, shape, n, kernel, group, arguments, monkeypatch):
     conv = QuantConv2d(shape[1], n, kernel, **arguments)
-    w, x = weight("4 bits", *conv.weight.shape, group=group), torch.randn(shape, generator=generator())
+    w, x = weight(kind, *conv.weight.shape, group=group), torch.randn(shape, generator=generator())
     pads = dispatch.pads_of(conv.padding, conv.kernel_size, conv.dilation)
     args = (w, x, conv.bias.data, conv.stride, pads, conv.dilation)
     whole = cpu.float_conv(*args)
@@ -112,11 +113,11 @@ def test_int8_adds_little_to_the_error_of_four_bits():
     assert 0.05 < plain < 0.12 and int8 < 1.05 * plain
 
 
-@pytest.mark.parametrize("kind", ["4 bits", "3 bits", "no zero", "8 bits", "8 bits in groups"])
+@pytest.mark.parametrize("kind", ["4 bits", "3 bits", "no zero", "8 bits", "8 bits in groups", "flat"])
 def test_integer_weights_are_within_half_a_step(kind):
-    w = weight(kind, 33, 192)
+    w = weight(kind, 33, 64, 3, 3)
     w8, step = unpack.integer(w)
-    off = (w8.t().float() * step[:, None] - w.matrix()).abs() / step[:, None]
+    off = (w8.t().float() * step[:, None] - to_matrix(w.dequantize())).abs() / step[:, None]
     most = 128 if w.bits == 8 else 15
     assert w8.dtype == torch.int8 and off.max() < 0.51 + most / 512  # both factors of 8.8 fixed point are rounded
 

@@ -36,7 +36,7 @@ def convert(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             converted[key] = value
     for key in states.keys() - weights.keys():
         raise _broken(path, key, "it has a quant_state and no weight")
-    told.say(path, "bitsandbytes'")
+    told.say(path)
     return converted
 
 

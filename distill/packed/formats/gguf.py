@@ -169,7 +169,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path}: UMT5 as GGUF holds its tokenizer as ComfyUI cannot read it. Get safetensors."
             )
         weights |= _entries(path, data, i, names[i.name], shape, told)
-    told.say(path, "GGUF's")
+    told.say(path)
     strings = {k: v if isinstance(v, str) else str(v) for k, v in metadata.items() if v is not None}
     return weights, strings
 
