@@ -52,6 +52,26 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
             _mine.discard(folder.name)
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary folder), sync, and let it take the place of the folder at path, if there is one."""
+    clean(path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=path.parent))
+    _mine.add(folder.name)
+    try:
+        new = folder / "new"
+        new.mkdir()
+        write(new)
+        for file in new.rglob("*"):
+            sync(file)
+        if path.exists():
+            os.replace(path, folder / "old")
+        os.replace(new, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _mine.discard(folder.name)
+
+
 def clean(folder: Path) -> None:
     """Remove what processes that were killed while they wrote left in a folder, whatever library they wrote with."""
     for left in folder.glob(f"{PREFIX}*-*"):

@@ -139,25 +139,28 @@ def write(path, dtype=None, seed: int = 0, vae="patch", text: dict | None = None
     return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, vae, text, **unet or {}), **meta)), dtype)
 
 
-def clip_tokenizer():
-    """CLIP's own tokenizer class, with single letters as its vocabulary."""
+def clip_tokenizer(**special):
+    """CLIP's own tokenizer class, with single letters as its vocabulary; special: as pad_token."""
     from transformers import CLIPTokenizer
 
-    letters = "abcdefghijklmnopqrstuvwxyz,"
+    letters = "!abcdefghijklmnopqrstuvwxyz,"
     tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=32)
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=32, **special)
 
 
-def stable_diffusion(folder, max_shard_size="1GB", prediction="epsilon", clip=False, **scheduler):
+def stable_diffusion(
+    folder, max_shard_size="1GB", prediction="epsilon", clip=False, pad=None, text=None, unet=None, **scheduler
+):
     """A tiny random Stable Diffusion as diffusers saves it; its folder. clip: with CLIP's own tokenizer class, and
-    eos_token_id 2 in the text encoder's configuration, as Stable Diffusion 1.x has it."""
+    eos_token_id 2 in the text encoder's configuration, as Stable Diffusion 1.x has it; pad: the token it pads with.
+    text, unet: more of their configurations."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = UNET | {"in_channels": 4, "out_channels": 4, "class_embed_type": None}
-    config |= {"projection_class_embeddings_input_dim": None, "resnet_time_scale_shift": "default"}
-    words = clip_tokenizer() if clip else tokenizer()
-    text = TEXT | ({"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1} if clip else {})
+    config |= {"projection_class_embeddings_input_dim": None, "resnet_time_scale_shift": "default"} | (unet or {})
+    words = clip_tokenizer(**{"pad_token": pad} if pad else {}) if clip else tokenizer()
+    text = TEXT | ({"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1} if clip else {}) | (text or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = {

@@ -5,7 +5,6 @@ A new family is a file here with a subclass of `Backbone`, and a line in FAMILIE
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 
@@ -13,9 +12,13 @@ import torch
 
 from ..file import checkpoint
 from ..header import CheckpointError
+from . import folder
 from .base import Backbone
 
-FAMILIES = {"stable_diffusion": ("StableDiffusion", ["StableDiffusionPipeline"])}
+FAMILIES = {
+    "stable_diffusion": ("StableDiffusion", ["StableDiffusionPipeline"]),
+    "sdxl": ("SDXL", ["StableDiffusionXLPipeline"]),
+}
 """Family, as metadata names it (and its module here): its class, and diffusers' pipelines that are of it."""
 
 
@@ -36,13 +39,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         if name not in FAMILIES:
             raise CheckpointError(f"{path}: of the family {name!r}, which this OneStep does not know. Update OneStep.")
         return family(name).from_file(path, held, device, dtype)
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{path}: no model_index.json in it. Give a diffusers folder, or a OneStep file.")
-    try:
-        pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{index}: not a pipeline's index. Save it again with save_pretrained.") from None
+    pipeline = folder.index(path)["_class_name"]
     for name, (_, pipelines) in FAMILIES.items():
         if pipeline in pipelines:
             return family(name).from_folder(path, device, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,25 @@ from ..file import checkpoint
 from ..file.metadata import Metadata
 from ..file.workflow import student_graph
 from ..header import CheckpointError
+from ..layouts import Weights
 from ..sample import few_step, one_step, solve, trailing
 from ..schedule import from_spec, randn
+from . import folder
 
 
 class Backbone:
     """The parts of a model as modules, and how its metadata says to call them. Everything is frozen and in eval mode.
 
-    A family answers: from_file, from_folder, encode, call, feature_layers, lora_targets. The rest is the same for all.
+    A family answers: encode, call, feature_layers; where the general answer is not its own, also null, shape, noise and
+    lora_targets; where there is such a file, from_file, comfy_weights. The rest is the same for all.
     """
 
     main: str
     """The part that is distilled: "unet", "transformer"."""
     in_comfyui = False
-    """Whether OneStep Load Student opens this family's files."""
+    """Whether there are OneStep files of this family, for OneStep Load Student. Others are diffusers folders."""
+    stored = torch.float16
+    """In what a student's weights are stored."""
 
     def __init__(
         self,
@@ -43,10 +49,14 @@ class Backbone:
         meta: Metadata,
         name: str,
         device: str | torch.device = "cpu",
+        pipeline: Any = None,
+        source: Path | None = None,
     ):
-        """parts: by the names of diffusers' pipelines; those that are None are left out."""
+        """parts: by the names of diffusers' pipelines; those that are None are left out. pipeline, source: diffusers'
+        own of the same parts, and its folder, where the model was opened from one."""
         self.parts = {k: m.eval().requires_grad_(False) for k, m in parts.items() if m is not None}
         self.tokenizer, self.meta, self.name, self.device = tokenizer, meta, name, torch.device(device)
+        self.pipeline, self.source = pipeline, source
 
     # ------------------------------------------------------------------------------- what a family answers
 
@@ -55,12 +65,18 @@ class Backbone:
         cls, path: Path, held: checkpoint.Checkpoint, device: str | torch.device, dtype: torch.dtype
     ) -> Backbone:
         """Open a OneStep file from what it holds. Raises CheckpointError where that does not fit."""
-        raise NotImplementedError
+        raise CheckpointError(f"{path}: there are no OneStep files of this family. Give its diffusers folder.")
 
     @classmethod
-    def from_folder(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> Backbone:
-        """Open a diffusers folder; everything that metadata says is read from its configurations."""
-        raise NotImplementedError
+    def noise(cls, path: Path, pipe: Any) -> tuple[dict[str, Any], str]:
+        """(The schedule's spec, what the net predicts), read from the pipeline's scheduler."""
+        return folder.noise(path, pipe.scheduler.config)
+
+    @classmethod
+    def describe(cls, path: Path, pipe: Any) -> Metadata:
+        """Metadata of a diffusers folder that OneStep did not write, from its configurations."""
+        fields = folder.describe(path, pipe, *cls.noise(path, pipe))
+        return Metadata(architecture={}, family=cls.__module__.rpartition(".")[2], **fields)
 
     def encode(self, prompts: list[str]) -> Cond:
         """B prompts -> what the net is conditioned on, batch first. "" is the null prompt."""
@@ -74,11 +90,53 @@ class Backbone:
         """The layers whose outputs serve as features, such as a discriminator's inputs."""
         raise NotImplementedError
 
+    @cached_property
+    def null(self) -> Cond:
+        """The null prompt's condition, one row; None for a net without conditions."""
+        return self.encode([""])
+
+    def build_pipeline(self) -> Any:
+        """diffusers' pipeline of a model that came from a file. Raises CheckpointError where diffusers has none."""
+        raise CheckpointError(f"{self.name}: diffusers has no pipeline of this kind. Export another format.")
+
+    def comfy_weights(self, net: nn.Module) -> Weights:
+        """Weights of one file for ComfyUI's own loaders, under the names that they know. Raises CheckpointError where
+        ComfyUI knows no such model."""
+        raise CheckpointError(f"{self.name}: ComfyUI's own loaders know no single file of this kind. Export a folder.")
+
     def lora_targets(self) -> list[str]:
         """Names of the net's layers that a LoRA adapts."""
         return [n for n, m in self.net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
 
     # --------------------------------------------------------------------------------------- the same for all
+
+    @classmethod
+    def from_folder(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> Backbone:
+        """Open a diffusers folder; everything that metadata says is read from its configurations, or from what OneStep
+        wrote there. Raises CheckpointError."""
+        pipe = folder.open_pipeline(path, dtype)
+        meta = folder.read_ours(path) or cls.describe(path, pipe)
+        parts = {name: m.to(device) for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+        if dtype is torch.float16 and "vae" in parts and parts["vae"].config.get("force_upcast"):
+            parts["vae"].float()
+        return cls(parts, getattr(pipe, "tokenizer", None), meta, Path(path).name, device, pipe, Path(path))
+
+    def need_parts(self, *names: str) -> None:
+        """Raise CheckpointError where the model lacks a part."""
+        for name in names:
+            if name not in self.parts:
+                raise CheckpointError(
+                    f"{self.name}: holds no {name}. Open it from a file or folder with all its parts."
+                )
+
+    def free(self, *names: str) -> None:
+        """Forget parts whose work is done, such as text encoders; folders that are written later have them all the
+        same. The null prompt stays known."""
+        _ = self.null
+        for name in names:
+            self.parts.pop(name, None)
+            if self.pipeline is not None:
+                setattr(self.pipeline, name, None)
 
     @property
     def net(self) -> nn.Module:
@@ -87,9 +145,13 @@ class Backbone:
 
     def wrap(self, net: nn.Module) -> Denoiser:
         """A net of this family, such as a student or a coach, as a Denoiser."""
-        return from_net(
-            lambda x, i, cond: self.call(net, x, i, cond), from_spec(self.meta.schedule), self.meta.prediction
-        )
+
+        def call(x: Tensor, index: Tensor, cond: Cond) -> Tensor:
+            dtype = dtype_of(net, x)
+            given = map_cond(lambda c: c.to(dtype) if c.is_floating_point() else c, cond)
+            return self.call(net, x.to(dtype), index, given)
+
+        return from_net(call, from_spec(self.meta.schedule), self.meta.prediction)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -133,16 +195,17 @@ class Backbone:
 
     def to_latents(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> what the net sees, (B, C, h, w); the mean of the VAE's posterior."""
-        z = self.parts["vae"].encode(pictures)
+        z = self.parts["vae"].encode(pictures.to(dtype_of(self.parts["vae"], pictures)))
         if not isinstance(z, Tensor):
-            z = z.latent_dist.mean
+            z = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latent
         return (z - self.meta.latent["shift"]) * self.meta.latent["scale"]
 
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """What the net puts out (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1]; gradients pass."""
         latents = latents / self.meta.latent["scale"] + self.meta.latent["shift"]
+        latents = latents.to(dtype_of(self.parts["vae"], latents))
         parts = [self.parts["vae"].decode(z) for z in latents.split(batch)]
-        return torch.cat([getattr(p, "sample", p) for p in parts]).clamp(-1, 1)
+        return torch.cat([getattr(p, "sample", p) for p in parts]).float().clamp(-1, 1)
 
     @torch.no_grad()
     def latents(
@@ -161,7 +224,7 @@ class Backbone:
                 return one_step(self.denoiser, self.time())(z, cond)
             return few_step(self.denoiser, [self.time() * t for t in trailing(steps)])(z, cond, generator)
         w = self.meta.guidance["scale"] if guidance is None else guidance
-        return solve(guided(self.denoiser, w, self.encode([""])), z, cond, solver=solver, steps=steps)
+        return solve(guided(self.denoiser, w, self.null), z, cond, solver=solver, steps=steps)
 
     @torch.no_grad()
     def sample(
@@ -182,21 +245,50 @@ class Backbone:
     def save(self, path: str | Path, net: nn.Module, dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
         """Write a OneStep file of `net` with this model's other parts and way of being called.
 
-        changes: fields of Metadata. Raises CheckpointError where one cannot be.
+        changes: fields of Metadata. Raises CheckpointError where one cannot be, or there are no such files.
         """
+        if not self.in_comfyui:
+            raise CheckpointError(f"{self.name}: there are no OneStep files of this family. Export a diffusers folder.")
+        return checkpoint.write(path, self.pack(net, replace(self.meta, **changes)), dtype)
+
+    def pack(self, net: nn.Module, meta: Metadata) -> checkpoint.Checkpoint:
+        """`net` with this model's other parts as a OneStep file holds them."""
         weights = {name: dict(module.state_dict()) for name, module in self.parts.items()}
         weights[self.main] = dict(net.state_dict())
-        return checkpoint.write(
-            path, checkpoint.pack(checkpoint.Pipeline(weights, replace(self.meta, **changes))), dtype
-        )
+        return checkpoint.pack(checkpoint.Pipeline(weights, meta))
+
+    def save_folder(self, path: str | Path, net: nn.Module, dtype: torch.dtype | None = None, **changes: Any) -> Path:
+        """Write a diffusers folder: `net` with this model's other parts, the scheduler with which diffusers samples as
+        `sample` does, onestep.json with the metadata (changes: fields of it), and a README.md that says all this.
+
+        Raises CheckpointError where diffusers has no such pipeline, or the folder is someone else's.
+        """
+        meta = replace(self.meta, **changes)
+        pipe = self.build_pipeline() if self.pipeline is None else self.pipeline
+        scheduler = folder.student_scheduler(meta) if meta.guidance.get("baked") else pipe.scheduler
+        return folder.write(Path(path), pipe, self.source, self.main, net, scheduler, meta, dtype or self.stored)
+
+    def save_comfy(self, path: str | Path, net: nn.Module, dtype: torch.dtype | None = None, **changes: Any) -> Path:
+        """Write one safetensors file that ComfyUI's own loaders open: `net` with what else they look for in it. The
+        metadata (changes: fields of it) says how it is to be sampled. Raises CheckpointError where they know none."""
+        strings = replace(self.meta, **changes | {"workflow": None}).to_strings()
+        strings.pop("onestep.version")  # it is no OneStep file
+        return checkpoint.store(path, self.comfy_weights(net), strings, dtype or self.stored)
 
     def save_student(self, path: str | Path, net: nn.Module, **changes: Any) -> Path:
-        """`save`, as a one-step student of this model: guidance is in its weights unless `changes` say otherwise. The
-        file carries a graph that opens it in ComfyUI, where ComfyUI can."""
+        """Write a one-step student of this model, whose guidance is in its weights unless `changes` say otherwise: a
+        OneStep file with a graph that opens it in ComfyUI, or, of a family without such files, a diffusers folder of
+        that name without its ending. Returns where it is."""
         student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
-        student["workflow"] = self.graph(path, "") if self.in_comfyui else None
         student["guidance"] = {**self.meta.guidance, "baked": True}
-        return self.save(path, net, **student | changes)
+        if not self.in_comfyui:
+            return self.save_folder(Path(path).with_suffix(""), net, **student | changes)
+        return self.save(path, net, **student | {"workflow": self.graph(path, "")} | changes)
+
+
+def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
+    """What a module computes in, by its first weight; x's own, where it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
 
 
 def encode_all(model: Backbone, prompts: list[str], batch: int = 64) -> Cond:

@@ -5,8 +5,6 @@ Diffusers and transformers are imported when a model is opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ from ..header import CheckpointError
 from ..layouts import Weights, is_patch
 from ..packed.layers import install
 from ..packed.weight import QuantError, layers
+from . import folder
 from .base import Backbone, skeleton
 from .patch import PatchAutoencoder
-
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> ours
 
 
 class StableDiffusion(Backbone):
@@ -33,9 +30,8 @@ class StableDiffusion(Backbone):
     in_comfyui = True
 
     def encode(self, prompts: list[str]) -> Cond:
-        """Prompts, padded with the end token; see the class. Raises CheckpointError where there is no text encoder."""
-        if "text_encoder" not in self.parts:
-            raise CheckpointError(f"{self.name}: holds no text encoder. Export the file with all three parts.")
+        """Prompts; see the class. Raises CheckpointError where there is no text encoder."""
+        self.need_parts("text_encoder")
         length = self.tokenizer.model_max_length
         how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         ids = self.tokenizer(prompts, **how).input_ids.to(self.device)
@@ -73,50 +69,27 @@ class StableDiffusion(Backbone):
         return cls(parts, tokenizer, held.meta, Path(path).name, device)
 
     @classmethod
-    def from_folder(cls, path: Path, device: str | torch.device, dtype: torch.dtype) -> StableDiffusion:
-        """What the file's metadata would say is read from the scheduler's and the VAE's configurations."""
+    def describe(cls, path: Path, pipe: Any) -> Metadata:
+        """A folder's metadata holds its architecture too, so that its students can be OneStep files."""
+        fields = folder.describe(path, pipe, *cls.noise(path, pipe))
+        parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer)
+        return checkpoint.from_modules(*parts, **fields).meta
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def build_pipeline(self) -> Any:
+        """The tutorial's own autoencoder is none of diffusers'."""
         from diffusers import StableDiffusionPipeline
 
-        try:
-            with quiet():
-                pipe = StableDiffusionPipeline.from_pretrained(
-                    path, safety_checker=None, feature_extractor=None, image_encoder=None,
-                    requires_safety_checker=False, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
-                )  # fmt: skip
-        except (OSError, ValueError, KeyError) as e:
-            raise CheckpointError(f"{path}: diffusers cannot open it: {e}") from e
-        parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-        schedule, config = pipe.scheduler.config, pipe.vae.config
-        spec = {k: schedule[k] for k in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
-        if schedule["prediction_type"] not in PREDICTIONS:
-            raise CheckpointError(f"{path}: prediction_type {schedule['prediction_type']!r} is none of {PREDICTIONS}.")
-        meta = checkpoint.from_modules(
-            **parts, tokenizer=pipe.tokenizer,
-            prediction=PREDICTIONS[schedule["prediction_type"]], schedule={"kind": "ddpm", **spec},
-            t_in=spec["num_train_timesteps"] - 1, steps=50, guidance={"scale": 7.5, "baked": False},
-            latent={
-                "channels": pipe.unet.config.in_channels, "scale": config.scaling_factor,
-                "shift": config.get("shift_factor") or 0.0, "factor": 2 ** (len(config.block_out_channels) - 1),
-            },
-            license="see the teacher's",
-        ).meta  # fmt: skip
-        return cls({k: m.to(device) for k, m in parts.items()}, pipe.tokenizer, meta, Path(path).name, device)
+        if isinstance(self.parts.get("vae"), PatchAutoencoder):
+            raise CheckpointError(f"{self.name}: diffusers does not know its autoencoder. Export another format.")
+        parts = {name: self.parts.get(name) for name in ("unet", "vae", "text_encoder")}
+        without = {name: None for name in (*folder.UNUSED, "scheduler")}
+        return StableDiffusionPipeline(**parts, tokenizer=self.tokenizer, **without, requires_safety_checker=False)
 
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No bars of diffusers' and transformers' own inside."""
-    from diffusers.utils import logging as diffusers
-    from transformers.utils import logging as transformers
-
-    shown = [library for library in (diffusers, transformers) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    def comfy_weights(self, net: nn.Module) -> Weights:
+        """As a OneStep file holds them."""
+        return self.pack(net, self.meta).weights
 
 
 def empty(part: str, meta: Metadata, path: str | Path) -> nn.Module:
@@ -161,15 +134,15 @@ def fill(path: Path, what: str, module: nn.Module, weights: Weights, dtype: torc
 
 
 def build_tokenizer(meta: Metadata, path: str | Path) -> Any:
-    """Metadata -> transformers' tokenizer, padding with the end token to the text encoder's length."""
+    """Metadata -> transformers' tokenizer, padding to the text encoder's length."""
     from transformers import PreTrainedTokenizerFast
 
     inner = tokens.parse(path, meta)
-    start, end = map(inner.id_to_token, tokens.start_and_end(meta))
+    start, end, pad = map(inner.id_to_token, (*tokens.start_and_end(meta), tokens.padding(meta)))
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token=start,
         eos_token=end,
-        pad_token=end,
+        pad_token=pad,
         model_max_length=meta.text_encoder["max_length"],
     )

@@ -68,6 +68,7 @@ def from_modules(unet, vae=None, text_encoder=None, tokenizer=None, **fields: An
             "max_length": text_encoder.config.max_position_embeddings,
             "start": tokenizer.bos_token_id,
             "end": tokenizer.eos_token_id,
+            "pad": tokenizer.pad_token_id,
         }
     weights = {k: dict(m.state_dict()) for k, m in modules.items() if m is not None}
     return Pipeline(weights, Metadata(architecture=architecture, text_encoder=tokens, **fields))
@@ -117,6 +118,11 @@ def unpack(checkpoint: Checkpoint) -> Pipeline:
 
 
 def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Path:
+    """Write a OneStep file, as `store` does. Raises CheckpointError where its metadata cannot be."""
+    return store(path, checkpoint.weights, checkpoint.meta.to_strings(), dtype)
+
+
+def store(path: str | Path, weights: Weights, strings: dict[str, str], dtype: torch.dtype | None = None) -> Path:
     """Write atomically (temporary file, fsync, rename): a reader sees the old file or the new one, never a half.
 
     dtype: store floating-point weights so (torch.float16 halves the file); None keeps them as they are. What belongs to
@@ -124,15 +130,13 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = 
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    strings = checkpoint.meta.to_strings()
-    weights, quantized = {}, set(layers(checkpoint.weights))
-    for key, value in checkpoint.weights.items():
+    path, stored, quantized = Path(path), {}, set(layers(weights))
+    for key, value in weights.items():
         layer, _, name = key.rpartition(".")
         cast = dtype is not None and value.is_floating_point() and (layer not in quantized or name == "bias")
-        weights[key] = value.detach().to("cpu", dtype if cast else value.dtype).contiguous()
+        stored[key] = value.detach().to("cpu", dtype if cast else value.dtype).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(path, lambda temporary: save_file(weights, temporary, strings))
+    write_beside(path, lambda temporary: save_file(stored, temporary, strings))
     return path
 
 

@@ -45,8 +45,8 @@ class Metadata:
     guidance: dict[str, Any] = field(default_factory=lambda: {"scale": 1.0, "baked": True})
     """scale, and whether it is already in the weights (a student) or to be applied (a teacher)"""
     text_encoder: dict[str, Any] | None = None
-    """{"tokenizer": the tokenizers library's JSON, "max_length": tokens, "start", "end": ids; files without these two
-    mean the text encoder's bos_token_id and eos_token_id}"""
+    """{"tokenizer": the tokenizers library's JSON, "max_length": tokens, "start", "end", "pad": ids; files without the
+    first two mean the text encoder's bos_token_id and eos_token_id, without the last the end}"""
     teacher: str = ""
     license: str = "Apache-2.0"
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -147,6 +147,7 @@ TOKENS = table(
         "max_length": whole(2, 8192),
         "start": maybe(whole(0, 1 << 20)),
         "end": maybe(whole(0, 1 << 20)),
+        "pad": whole(0, 1 << 20),
     },
     ("tokenizer", "max_length"),
     anything,

@@ -19,6 +19,11 @@ def start_and_end(meta: Metadata, part: str = "text_encoder") -> tuple[int | Non
     return tokens.get("start", config["bos_token_id"]), tokens.get("end", config["eos_token_id"])
 
 
+def padding(meta: Metadata, part: str = "text_encoder") -> int:
+    """The id that fills a prompt up to its length: the tokenizer's own, or the end."""
+    return getattr(meta, part).get("pad", start_and_end(meta, part)[1])
+
+
 def parse(path: str | Path, meta: Metadata, part: str = "text_encoder") -> Any:
     """A text encoder's Tokenizer, without padding and truncation. Raises CheckpointError where it cannot be read, gives
     ids that the text encoder does not have, or leaves out the start or the end."""
@@ -30,7 +35,7 @@ def parse(path: str | Path, meta: Metadata, part: str = "text_encoder") -> Any:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         empty, probe = (tokenizer.encode(text).ids for text in ("", PROBE))
-        ids = [*tokenizer.get_vocab().values(), *empty, *probe]
+        ids = [*tokenizer.get_vocab().values(), *empty, *probe, padding(meta, part)]
     except BaseException as e:  # the library's own errors are plain Exceptions; its panics not even that
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise

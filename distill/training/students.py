@@ -47,7 +47,7 @@ def train_student(
     """
     training = training or TrainOptions()
     student = Student(copy.deepcopy(teacher.net) if net is None else net, teacher.wrap, teacher.time(t_in))
-    parts = Parts(teacher.net, teacher.wrap, student, teacher.encode([""]), weak, seeded("cpu", training.seed, 2))
+    parts = Parts(teacher.net, teacher.wrap, student, teacher.null, weak, seeded("cpu", training.seed, 2))
     method = options.build(parts)
     folder = Path(out) if out is not None else None
     try:

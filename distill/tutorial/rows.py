@@ -61,7 +61,7 @@ def under_law(teacher: Backbone, weak: Denoiser | None, law: dict[str, float], s
 
     law: guidance, guidance_until, autoguidance. steps: 20 and 50 gave the same Frechet distance.
     """
-    denoiser = Law(teacher.denoiser, teacher.encode([""]), weak, **law)
+    denoiser = Law(teacher.denoiser, teacher.null, weak, **law)
 
     @torch.no_grad()
     def generate(prompts: list[str], generator: torch.Generator) -> Tensor:

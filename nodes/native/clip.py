@@ -14,7 +14,7 @@ import torch
 
 from ...distill.file.checkpoint import check_fit
 from ...distill.file.metadata import Metadata
-from ...distill.file.tokens import parse, start_and_end
+from ...distill.file.tokens import padding, parse, start_and_end
 from ...distill.layouts import Weights
 from ...distill.packed.weight import layers
 from .limits import require, sound
@@ -60,7 +60,7 @@ def build_clip(
 ) -> comfy.sd.CLIP:
     """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
     words, length = Words(parse(path, meta)), meta.text_encoder["max_length"]
-    start, end = start_and_end(meta)
+    (start, end), pad = start_and_end(meta), padding(meta)
     config = meta.architecture["text_encoder"] | {"eos_token_id": end}  # where ComfyUI pools
     require(path, "CLIP", config, FIXED)
 
@@ -70,6 +70,7 @@ def build_clip(
                 max_length=length,
                 embedding_directory=embedding_directory,
                 embedding_size=config["hidden_size"],
+                pad_token=pad,
                 tokenizer_class=SimpleNamespace(from_pretrained=lambda _: words),
             )
 
@@ -81,7 +82,7 @@ def build_clip(
                 dtype=dtype,
                 textmodel_json_config=config,
                 model_class=TextModel,
-                special_tokens={"start": start, "end": end, "pad": end},
+                special_tokens={"start": start, "end": end, "pad": pad},
                 return_projected_pooled=False,
                 model_options=model_options or {},
             )
