@@ -16,7 +16,7 @@ from PIL import Image
 from distill.cli import parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/*.md")]
+PAGES = [p for where in ("", "docs/", "web/docs/", "notebooks/") for p in ROOT.glob(f"{where}*.md")]
 SCHEMES = ("http://", "https://", "mailto:")
 
 
@@ -153,5 +153,7 @@ def test_constraints_pin_what_the_extras_name():
     """`pip install -c constraints.txt` leaves no direct dependency of the tests to chance."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = {re.match(r"[\w-]+", spec)[0] for extra in ("distill", "quant", "test") for spec in extras[extra]}
+    wanted = {
+        re.match(r"[\w-]+", spec)[0] for extra in ("distill", "quant", "notebooks", "test") for spec in extras[extra]
+    }
     assert wanted - {"onestep"} <= pinned
