@@ -28,6 +28,9 @@ class Run:
     teachers of the tutorial world: that world's."""
     column: str | None = None
     """The column of the prompts. Default: prompt, caption, text or description, or the only one with text."""
+    cache: Path | None = None
+    """Folder for encoded prompts, where other runs with these prompts and text encoders find them; it may be removed
+    between runs. Default: `cache` in `out`."""
     batch_size: int = 32
     t_in: float | None = None
     """The timestep the student is called at, as the net counts them. Default: the teacher's noisiest. DMD2: 399."""
@@ -66,11 +69,13 @@ def run(o: Train) -> Path:
 
 def train(o: Run) -> Path:
     """As `run`, from one of COMMANDS' dataclasses."""
+    import torch
+
     from ..backbones import load
     from ..backbones.base import weaker
     from ..checks import need
     from ..header import CheckpointError
-    from ..training.batches import prompt_batches
+    from ..training.batches import prompt_batches, prompt_rows
     from ..training.prompts import read_prompts
     from ..training.students import train_student
     from ..tutorial.bundled import find
@@ -97,10 +102,6 @@ def train(o: Run) -> Path:
         ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (teacher.net, net))
         if ours != theirs:
             raise CheckpointError(f"{o.init}: another architecture than {teacher.name}'s. Start from one of its kind.")
-    if prompts is None:
-        batches = shape_batches(teacher, o.batch_size)
-    else:
-        batches = prompt_batches(teacher, prompts, o.batch_size)
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
     guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
     about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
@@ -109,6 +110,12 @@ def train(o: Run) -> Path:
     step = None
     try:
         with bars() as told:
+            if prompts is None:
+                batches = shape_batches(teacher, o.batch_size)
+            else:
+                half = torch.bfloat16 if o.training.precision == "bf16" else None
+                rows = prompt_rows(teacher, prompts, o.cache or o.out / "cache", half, told)
+                batches = prompt_batches(teacher, rows, o.batch_size)
             how = {"net": net, "t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in)}
             for step in train_student(teacher, o.options, batches, o.training, o.out, **how, told=told):
                 told(o.method, step.progress, **step.logs)
@@ -139,6 +146,6 @@ def plain(o: Run) -> dict[str, Any]:
             found |= asdict(value)
         elif f.name in ("teacher", "weak", "init", "prompts"):
             found[f.name] = Path(value).name if value else None
-        elif f.name not in ("out", "device", "resume", "force"):
+        elif f.name not in ("out", "cache", "device", "resume", "force"):
             found[f.name] = value
     return found

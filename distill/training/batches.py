@@ -5,20 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from ..backbones.base import Backbone, encode_all
-from ..denoiser import map_cond
-from ..methods.base import Batches
+from ..denoiser import Cond
+from ..methods.base import Batches, Told
+from .cache import Make, Rows, hashed, identity, in_memory, on_disk
 
 
-def prompt_batches(model: Backbone, prompts: list[str], batch_size: int) -> Batches:
-    """Batches over a list of prompts, encoded once and kept in memory: {"cond", "shape"}."""
-    cache, shape = encode_all(model, prompts), model.shape(batch_size)
+def prompt_rows(
+    model: Backbone,
+    prompts: list[str],
+    cache: Path | None = None,
+    dtype: torch.dtype | None = None,
+    told: Told | None = None,
+) -> Rows:
+    """The conditions of prompts. cache: a folder for them, as large as need be; None keeps them in memory. dtype: how
+    they are stored there, by default as they are encoded. told: as for a method's data."""
+
+    def make(numbers: range) -> Cond:
+        return encode_all(model, [prompts[i] for i in numbers])
+
+    return _rows(make, len(prompts), cache, [prompts, identity(model, text_encoders(model)), dtype], dtype, told)
+
+
+def prompt_batches(
+    model: Backbone, prompts: list[str] | Rows, batch_size: int, cache: Path | None = None, told: Told | None = None
+) -> Batches:
+    """Batches over a list of prompts, or over rows that `prompt_rows` made: {"cond", "shape"}. cache: see there."""
+    rows = prompts if isinstance(prompts, Rows) else prompt_rows(model, prompts, cache, told=told)
+    shape = model.shape(batch_size)
 
     def batches(step: int, generator: Generator) -> dict:
-        rows = torch.randint(len(prompts), (batch_size,), generator=generator)
-        return {"cond": map_cond(lambda c: c[rows.to(c.device)], cache), "shape": shape}
+        return {"cond": rows[torch.randint(len(rows), (batch_size,), generator=generator)], "shape": shape}
 
     return batches
 
@@ -26,31 +45,53 @@ def prompt_batches(model: Backbone, prompts: list[str], batch_size: int) -> Batc
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def image_batches(model: Backbone, folder: str | Path, batch_size: int, size: int | None = None) -> Batches:
-    """Batches of pictures, encoded once and kept in memory: {"x0": latents (B, C, h, w), "cond"}.
+def image_batches(
+    model: Backbone,
+    folder: str | Path,
+    batch_size: int,
+    size: int | None = None,
+    cache: Path | None = None,
+    told: Told | None = None,
+) -> Batches:
+    """Batches of pictures, encoded once: {"x0": latents (B, C, h, w), "cond"}.
 
     folder: pictures, each with its prompt in a .txt file of its name, or without one for the empty prompt; size: pixels
-    a side, by default what the net was trained at. Pictures are scaled and cut to a square. Raises ValueError for a
-    folder without any.
+    a side, by default what the net was trained at. Pictures are scaled and cut to a square. cache: as for prompt_rows.
+    Raises ValueError for a folder without any.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in PICTURES)
     if not files:
         raise ValueError(f"{folder}: no pictures in it ({', '.join(sorted(PICTURES))}).")
     side = model.shape(1, size)[-1] * model.meta.latent["factor"]
-    latents = []
-    for file in files:
-        picture = ImageOps.fit(Image.open(file).convert("RGB"), (side, side))
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(model.device) / 127.5 - 1
-        with torch.no_grad():
-            latents.append(model.to_latents(pixels))
     words = [t.read_text("utf-8").strip() if (t := f.with_suffix(".txt")).is_file() else "" for f in files]
-    x0, cache = torch.cat(latents), encode_all(model, words)
 
-    def batches(step: int, generator: Generator) -> dict:
-        rows = torch.randint(len(files), (batch_size,), generator=generator).to(x0.device)
-        return {"x0": x0[rows], "cond": map_cond(lambda c: c[rows], cache)}
+    def make(numbers: range) -> Cond:
+        with torch.no_grad():
+            latents = [model.to_latents(pixels(files[i], side)[None].to(model.device)) for i in numbers]
+        return {"x0": torch.cat(latents), "cond": encode_all(model, [words[i] for i in numbers])}
 
-    return batches
+    seen = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    about = [words, seen, side, identity(model, ["vae", *text_encoders(model)])]
+    rows = _rows(make, len(files), cache, about, None, told)
+    return lambda step, generator: rows[torch.randint(len(files), (batch_size,), generator=generator)]
+
+
+def pixels(file: Path, side: int) -> Tensor:
+    """A picture, scaled and cut to a square: (3, side, side) in [-1, 1]."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as picture:
+        square = ImageOps.fit(picture.convert("RGB"), (side, side))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+
+def text_encoders(model: Backbone) -> list[str]:
+    """The names of the parts that encode prompts, as diffusers calls them."""
+    return [name for name in model.parts if name.startswith("text_encoder")]
+
+
+def _rows(
+    make: Make, count: int, cache: Path | None, about: list, dtype: torch.dtype | None, told: Told | None
+) -> Rows:
+    return in_memory(make, count) if cache is None else on_disk(cache, hashed(about), make, count, dtype, told)
