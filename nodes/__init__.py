@@ -2,7 +2,6 @@
 
 from .four_bit import OneStepLoad4Bit, OneStepLoad4BitCLIP
 from .load import OneStepLoadStudent
-from .negative import OneStepNegative
 from .quantize import OneStepQuantize
 from .sample import OneStepSample, OneStepSchedule
 from .save import OneStepSaveStudent
@@ -11,7 +10,6 @@ NODES = [
     OneStepLoadStudent,
     OneStepSample,
     OneStepSchedule,
-    OneStepNegative,
     OneStepLoad4Bit,
     OneStepLoad4BitCLIP,
     OneStepQuantize,

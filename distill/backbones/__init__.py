@@ -28,20 +28,23 @@ def family(name: str) -> type[Backbone]:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
-    """Open a OneStep file, or a folder that diffusers' `save_pretrained` wrote.
+    """Open a OneStep file, a folder that diffusers' `save_pretrained` wrote, or a model of the Hugging Face hub by its
+    name, org/model.
 
-    Raises CheckpointError where it is not sound, is of no known family, or lacks a part.
+    Raises CheckpointError where it is not sound, is of no known family, lacks a part, or is not to be had.
     """
-    path = Path(path)
+    name, path = str(path), Path(folder.from_hub(str(path)) if folder.is_hub_name(path) else path)
     if not path.is_dir():
         held = checkpoint.read(path)
-        name = held.meta.family
-        if name not in FAMILIES:
-            raise CheckpointError(f"{path}: of the family {name!r}, which this OneStep does not know. Update OneStep.")
-        return family(name).from_file(path, held, device, dtype)
+        kind = held.meta.family
+        if kind not in FAMILIES:
+            raise CheckpointError(f"{path}: of the family {kind!r}, which this OneStep does not know. Update OneStep.")
+        return family(kind).from_file(path, held, device, dtype)
     pipeline = folder.index(path)["_class_name"]
-    for name, (_, pipelines) in FAMILIES.items():
+    for kind, (_, pipelines) in FAMILIES.items():
         if pipeline in pipelines:
-            return family(name).from_folder(path, device, dtype)
+            model = family(kind).from_folder(path, device, dtype)
+            model.name = name if path != Path(name) else path.name
+            return model
     known = ", ".join(p for _, pipelines in FAMILIES.values() for p in pipelines)
     raise CheckpointError(f"{path}: a {pipeline}, of which no backbone is known; there are {known}.")

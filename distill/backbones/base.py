@@ -277,13 +277,18 @@ class Backbone:
 
     def save_student(self, path: str | Path, net: nn.Module, **changes: Any) -> Path:
         """Write a one-step student of this model, whose guidance is in its weights unless `changes` say otherwise: a
-        OneStep file with a graph that opens it in ComfyUI, or, of a family without such files, a diffusers folder of
-        that name without its ending. Returns where it is."""
+        OneStep file with a graph that opens it in ComfyUI, or, of a family without such files, a diffusers folder.
+        Returns where it is, `student_path`."""
         student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
         student["guidance"] = {**self.meta.guidance, "baked": True}
+        path = self.student_path(path)
         if not self.in_comfyui:
-            return self.save_folder(Path(path).with_suffix(""), net, **student | changes)
+            return self.save_folder(path, net, **student | changes)
         return self.save(path, net, **student | {"workflow": self.graph(path, "")} | changes)
+
+    def student_path(self, path: str | Path) -> Path:
+        """Where a student is saved: at the path; of a family without files, in a folder of its name without ending."""
+        return Path(path) if self.in_comfyui else Path(path).with_suffix("")
 
 
 def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,30 @@ def index(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         pass
     raise CheckpointError(f"{file}: not a pipeline's index. Save it again with save_pretrained.")
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether it can be a model's name at the Hugging Face hub, org/model; a path that is there is none."""
+    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a model of the hub in this machine's cache, downloaded if need be. Raises CheckpointError where it
+    is not to be had."""
+    from diffusers import DiffusionPipeline
+
+    logging.disable(logging.WARNING)  # what they tell of a missing network, our error does
+    try:
+        with quiet():
+            return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except Exception as e:  # no network, no such model, no permission: each in its own way
+        why = " ".join(str(e).split())[:200]
+        raise CheckpointError(
+            f"{name}: no such file or folder here, and not to be had from the Hugging Face hub ({why}). Offline: put "
+            f"the model's diffusers folder (model_index.json and what it names) on this machine, and give its path."
+        ) from e
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def open_pipeline(path: Path, dtype: torch.dtype) -> Any:

@@ -75,10 +75,11 @@ def refuse_run(out: Path, folders: Sequence[Path], resume: bool, force: bool = F
     """
     from ..training.store import checkpoints
 
-    student, held = out / "student.safetensors", any(checkpoints(folder / "checkpoints") for folder in folders)
+    student = next((s for s in (out / "student.safetensors", out / "student") if s.exists()), None)
+    held = any(checkpoints(folder / "checkpoints") for folder in folders)
     if held and not resume:
         raise FileExistsError(f"{out} holds a run: add --resume to go on with it, or name another folder")
-    if student.exists() and not held and not force:
+    if student is not None and not held and not force:
         raise FileExistsError(f"{student} exists, without a run to go on with: name another folder, or move it away")
 
 

@@ -16,7 +16,8 @@ from ..training.options import TrainOptions
 @dataclass(frozen=True)
 class Run:
     out: Path
-    """Folder for student.safetensors, log.csv, TensorBoard files and checkpoints."""
+    """Folder for student.safetensors (or student/, for a teacher without OneStep files, such as SDXL), log.csv,
+    TensorBoard files and checkpoints."""
     teacher: str = "teacher"
     """The bundled teacher, a OneStep file, or a folder of diffusers'."""
     weak: str | None = None
@@ -63,7 +64,7 @@ class Train:
 
 
 def run(o: Train) -> Path:
-    """Train, write out/student.safetensors, return its path. Raises CheckpointError, Diverged, FileExistsError."""
+    """Train, write the student into out, return its path. Raises CheckpointError, Diverged, FileExistsError."""
     return train(o.how)
 
 
@@ -83,11 +84,11 @@ def train(o: Run) -> Path:
     from .console import bars, is_main_process, open_teacher, refuse_run, writable
 
     need(o.batch_size >= 1, "batch-size", o.batch_size, "1 or more")
-    file = o.out / "student.safetensors"
     writable(o.out, folder=True)
     refuse_run(o.out, [o.out], o.resume, o.force)
     prompts = read_prompts(o.prompts, o.column) if o.prompts else None
     teacher = open_teacher(o.teacher, o.device)
+    file = teacher.student_path(o.out / "student.safetensors")
     teacher.time(o.t_in)
     if prompts is None and not speaks(teacher):
         raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")

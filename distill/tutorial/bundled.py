@@ -21,10 +21,13 @@ def bundled(name: str) -> Path:
 
 
 def find(model: str | Path) -> Path:
-    """The path of a bundled model by its name, or the path as it is. Raises CheckpointError where neither is there."""
+    """The path of a bundled model by its name, or the path, or the hub's name (org/model), as it is. Raises
+    CheckpointError where there is neither."""
+    from ..backbones.folder import is_hub_name
+
     names, path = ("student", "teacher", "weak"), Path(model)
     if str(model) in names:
         return bundled(str(model))
-    if not path.exists():
+    if not path.exists() and not is_hub_name(model):
         raise CheckpointError(f"{model}: no such file. Give a file or folder, or a bundled model: {', '.join(names)}.")
     return path

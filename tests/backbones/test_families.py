@@ -1,14 +1,22 @@
 """What holds for every family: it is what its diffusers pipeline is, and its students come back as they went."""
 
+from contextlib import contextmanager
+
 import families
 import pytest
 import torch
 
 from distill.backbones import load
 from distill.backbones.folder import how_to_call
+from distill.cli import console, main
 from distill.denoiser import guided
+from distill.methods.vsd import VSDOptions
 from distill.sample import solve
 from distill.schedule import randn
+from distill.training.batches import prompt_batches
+from distill.training.options import TrainOptions
+from distill.training.store import load as load_state
+from distill.training.students import train_student
 
 PROMPTS = ["a small red ring", "a large blue square, top left"]
 
@@ -95,3 +103,58 @@ def test_its_folder_is_a_pipeline_that_draws_what_it_draws(teacher, tmp_path, st
     close(pipe(PROMPTS, latents=z, **how).images * 2 - 1, ours)
     text = " ".join(f.read_text() for f in path.rglob("*") if f.suffix in (".json", ".md"))
     assert str(tmp_path) not in text and "vsd" in (path / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("coach", ["lora", "copy"])
+def test_student_and_coach_move_and_the_teacher_does_not(folder, coach, tmp_path):
+    teacher = load(folder)
+    before = weights(teacher.net)
+    options = VSDOptions(coach=coach, rank=2, lr=1e-3)
+    training = TrainOptions(steps=2, ema=0.0, save_every=1, max_spread=1e4)
+    *_, last = train_student(teacher, options, prompt_batches(teacher, PROMPTS, 2), training, tmp_path)
+    assert torch.equal(weights(teacher.net), before)
+    assert not torch.equal(weights(last.ema), before) and weights(last.ema).isfinite().all()
+    saved = {k: v for k, v in load_state(tmp_path / "checkpoints")[0].items() if k.startswith("coach/")}
+    moved = [v for k, v in saved.items() if "lora_B" in k] if coach == "lora" else list(saved.values())
+    if coach == "lora":
+        assert moved and all(v.abs().max() > 0 for v in moved)
+    else:
+        assert not torch.equal(torch.cat([v.flatten() for v in moved]), before)
+
+
+def test_a_run_that_is_stopped_goes_on_and_its_student_opens(folder, tmp_path, monkeypatch):
+    """Through the command line; bitwise what a run that was never stopped makes."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["train", "vsd", "--teacher", folder, "--prompts", tmp_path / "prompts.txt", "--steps", 2, "--rank", 2]
+    words += ["--batch-size", 2, "--device", "cpu", "--save-every", 1, "--lr", 1e-3, "--ema", 0.1, "--max-spread", 1e4]
+
+    def run(out, *more):
+        return main([str(w) for w in (*words, "--out", tmp_path / out, *more)])
+
+    assert run("whole") == 0
+
+    @contextmanager
+    def stopping():
+        def told(what, share, **readouts):
+            if what == "vsd":
+                raise KeyboardInterrupt
+
+        yield told
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "bars", stopping)
+        assert run("stopped") == 130
+    assert run("stopped", "--resume") == 0
+    path = next((tmp_path / "stopped").glob("student*"))
+    whole, student = load(tmp_path / "whole" / path.name), load(path)
+    assert torch.equal(weights(whole.net), weights(student.net))
+    assert not torch.equal(weights(whole.net), weights(load(folder).net))
+    assert student.meta.guidance["baked"] and student.meta.config["prompts"] == "prompts.txt"
+    assert main(["sample", PROMPTS[0], "--model", str(path), "--out", str(tmp_path / "p.png")]) == 0
