@@ -1,6 +1,6 @@
 """comfy-kitchen's 4-bit kernel (CUDA, ROCm) where it is installed and made for the case. Through its public function.
 
-Its kernel serves up to ROWS rows; above, it dequantizes the whole weight with more temporaries than plain does.
+With many rows its function dequantizes the whole weight too, by way of int32: more memory than plain takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .weight import QuantizedWeight
 
 ROWS = 256
-"""comfy_kitchen/backends/cuda: _AWQ_W4A16_MMA_M_LIMIT"""
+"""above, multiplying is all the time and plain dequantization as good (not measured here: no GPU was at hand)"""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Which way of computing is right here: tried once for each shape, device and number of rows, then remembered.
+"""Which way of computing is right here: tried once for each weight's and input's shape, type and device.
 
 The caller says which ways there are, the best first, by a rule on shape and machine; nothing is timed, so that one
 file and one input give the same numbers in every process. A way is tried on random numbers, not on what it is called
@@ -37,11 +37,11 @@ def way(
 ) -> Way | None:
     """The first of `ways` within `limit` of plain for weights and inputs like these; None where none is right.
 
-    axis: that of the output's channels. case: what the ways depend on beside the shapes of w and x.
+    axis: that of the output's channels. case: what the ways depend on beside the shapes of w and x. Nothing but what
+    is in the key decides, so one input meets the same way whatever was computed before it.
     """
     layout = (w.shape, w.flat, w.bits, w.group_size, w.zero is None, w.codebook is None)
-    size = (x.shape[axis], x.numel().bit_length())
-    key = (case, *ways, *layout, *size, x.device, x.dtype)
+    key = (case, *ways, *layout, x.shape, x.is_contiguous(), x.device, x.dtype)
     if key not in _chosen:
         with _lock:
             if key not in _chosen:

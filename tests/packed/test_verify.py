@@ -131,6 +131,24 @@ def test_what_was_run_before_changes_nothing():
     assert torch.equal(dispatch.linear(w, x, None), fresh)
 
 
+def test_a_kernel_that_is_wrong_for_one_number_of_rows_serves_the_others(monkeypatch, caplog):
+    """Whichever comes first."""
+    kernel, used = cpu.float_linear, []
+
+    def sometimes(w, x, bias, multiply):
+        used.append(len(x))
+        return kernel(w, x, bias, multiply) * (1.5 if len(x) == 20 else 1)
+
+    monkeypatch.setattr(cpu, "float_linear", sometimes)
+    monkeypatch.setattr(cpu, "multipliers", lambda: {"float": F.linear})
+    w, x = weight("4 bits", 48, 64), torch.randn(22, 64, generator=generator())
+    for order in ((20, 22), (22, 20)):
+        verify.forget(), used.clear()
+        found = {rows: dispatch.linear(w, x[:rows], None, "float") for rows in order}
+        assert torch.equal(found[20], F.linear(x[:20], w.matrix()))
+        assert sorted(used) == [20, 22, 22]  # both were tried, and 22 taken
+
+
 def test_comfy_kitchen_is_asked_only_for_what_it_has():
     w = weight("4 bits", 48, 128)
     assert not cuda.applies(w, torch.randn(5, 128, generator=generator()))
