@@ -158,9 +158,8 @@ class OneStepLoad4BitCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None, second=None, third=None) -> bool | str:
-        checks = (check(f, TEXT) for f in (file, second, third) if f != NONE)
-        return next((said for said in checks if said is not True), True)
+    def validate_inputs(cls, file=None) -> bool | str:
+        return check(file, TEXT)  # of one input: ComfyUI says what is returned here once for each that is named
 
     @classmethod
     def fingerprint_inputs(cls, file=None, type=None, second=NONE, third=NONE, activations="auto"):

@@ -106,12 +106,11 @@ class OneStepQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None, name=None) -> bool | str:
+    def validate_inputs(cls, file=None) -> bool | str:
+        """Of one input: ComfyUI says what is returned here once for each that is named."""
         try:
             if file is not None:
                 read_header(locate(file, FOLDERS))
-            if file is not None and name is not None:
-                target(file, name)
         except CheckpointError as e:
             return str(e)
         return True

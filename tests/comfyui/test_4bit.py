@@ -319,6 +319,7 @@ def test_a_bad_file_is_refused_before_anything_runs(client, bad, file, problem):
         run = client.run(graph)
         message = run.errors["four"].splitlines()[0]
         assert not run.events and file in message and problem in message, message
+        assert run.errors["four"].count("validation failed") == 1
 
 
 @pytest.mark.parametrize(
