@@ -14,7 +14,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import LowVramPatch, ModelPatcher
 
 from .ops import Quantized
 
@@ -77,7 +77,7 @@ class Patcher(ModelPatcher):
     def hand_over(self) -> None:
         """Give each quantized layer its patches, in place of the functions ComfyUI puts on layers it leaves behind."""
         for key, layer in self.quantized():
-            layer.weight_function = [f for f in layer.weight_function if not getattr(f, "is_lowvram_patch", False)]
+            layer.weight_function = [f for f in layer.weight_function if not isinstance(f, LowVramPatch)]
             layer.set_patches(key, self.patches.get(key, []))
 
     def load(self, *args, **kwargs):
