@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from .adapters import Lora
+from .checks import positive, within
 from .denoiser import Cond, Denoiser, Make
 from .sample import one_step
 
 
 class Student:
-    """g(z, cond) -> x0: the net called once at t_in, and the net itself for whoever trains it.
+    """g(z, cond) -> x0: the net called once at t_in, and what of it is trained.
 
-    z ~ N(0, 1) of the shape of x0, (B, ...). make turns the net into a Denoiser; t_in in (0, 1], 1 the noisiest.
+    z ~ N(0, 1) of the shape of x0, (B, ...). net: trained whole, or by its adapters. make turns it into a Denoiser;
+    t_in in (0, 1], 1 the noisiest.
     """
 
-    def __init__(self, module: nn.Module, make: Make, t_in: float = 1.0):
-        self.module, self.make, self.t_in = module.requires_grad_(True), make, t_in
-        self.denoiser: Denoiser = make(module)
+    def __init__(self, net: nn.Module | Lora, make: Make, t_in: float = 1.0):
+        self.trained = net if isinstance(net, Lora) else net.requires_grad_(True)
+        self.module = net.module if isinstance(net, Lora) else net
+        self.make, self.t_in = make, t_in
+        self.denoiser: Denoiser = make(self.module)
         self._call = one_step(self.denoiser, t_in)
 
     def __call__(self, z: Tensor, cond: Cond = None) -> Tensor:
         return self._call(z, cond)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The net's."""
-        return self.module.parameters()
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The net's, or the adapters."""
+        return self.trained.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The net's."""
-        return self.module.state_dict()
+        """The net's, or the adapters."""
+        return self.trained.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Into the net."""
-        self.module.load_state_dict(state)
+        """Put back what `state_dict` gave. Raises KeyError or RuntimeError for another student's."""
+        self.trained.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """What of a student is trained, whatever the method."""
+
+    student: Literal["full", "lora"] = "full"
+    """full: all weights of a copy of the teacher. lora: adapters over the teacher's own weights, and a small file."""
+    student_rank: int = 256
+    """Of a LoRA student (SwiftBrush v2 256)."""
+    student_alpha: float | None = None
+    """Its scale is alpha / rank. Default: twice the rank (SwiftBrush v2: rank 256, alpha 512)."""
+    student_targets: tuple[str, ...] | None = None
+    """Layers to adapt, by name or ending, such as to_q. Default: the family's; of a U-Net every Linear and Conv2d, a
+    little more than DMD2's list for SDXL."""
+
+    def __post_init__(self) -> None:
+        within(self, student_rank=(1, inf))
+        positive(self, "student_alpha")
+
+    def grow(
+        self, teacher: nn.Module, start: nn.Module | None, targets: Sequence[str] | None, generator: Generator | None
+    ) -> nn.Module | Lora:
+        """What a Student takes. start: the net to train itself, or under adapters, in place of the teacher's, which
+        stays as it is; targets: the family's."""
+        if self.student == "full":
+            return copy.deepcopy(teacher) if start is None else start
+        how = {"rank": self.student_rank, "alpha": self.student_alpha, "generator": generator}
+        return Lora(teacher if start is None else start, targets=self.student_targets or targets, **how)

@@ -1,6 +1,5 @@
 """Small runs of the training loop, for test_train.py and test_resume.py."""
 
-import copy
 import gc
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from distill.methods.base import Parts
 from distill.methods.regression import RegressionOptions
 from distill.methods.sds import SDSOptions
 from distill.methods.vsd import VSDOptions
-from distill.student import Student
+from distill.student import Student, StudentOptions
 from distill.toy import MLP
 from distill.training import store
 from distill.training.loop import train
@@ -40,10 +39,10 @@ def make(net):
 
 
 def build(kind, seed=1, **changes):
-    """The method, always the same but for `changes` to its options."""
-    net = Net()
-    student, null = Student(copy.deepcopy(net), make), {"c": torch.zeros(1, 2)}
-    generator = torch.Generator().manual_seed(seed)
+    """The method, always the same but for `changes` to its options; "two loras": student and coach on one net."""
+    net, generator = Net(), torch.Generator().manual_seed(seed)
+    form = StudentOptions(student="lora" if kind == "two loras" else "full", student_rank=4)
+    student, null = Student(form.grow(net, None, None, generator), make), {"c": torch.zeros(1, 2)}
     parts = Parts(net, make, student, null, generator=generator)
     if kind == "sds":
         return SDSOptions(**{"lr": 1e-3} | changes).build(parts)
@@ -54,7 +53,7 @@ def build(kind, seed=1, **changes):
         "lr": 1e-3,
         "coach_lr": 2e-3,
         "coach_steps": 2,
-        "coach": "lora" if kind == "lora" else "copy",
+        "coach": "lora" if "lora" in kind else "copy",
         "rank": 4,
     }
     return VSDOptions(**options | changes).build(parts)

@@ -70,7 +70,7 @@ def stir(coach, scale=0.05):
 
 def merged(coach):
     """The LoRA coach as one plain set of weights."""
-    net = copy.deepcopy(coach.module)
+    net = copy.deepcopy(coach.module["coach"])
     for layer in net.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()

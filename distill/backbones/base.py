@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..adapters import adaptable
 from ..checks import need
 from ..denoiser import Cond, Denoiser, from_net, guided, map_cond
 from ..file import checkpoint
@@ -106,7 +107,7 @@ class Backbone:
 
     def lora_targets(self) -> list[str]:
         """Names of the net's layers that a LoRA adapts."""
-        return [n for n, m in self.net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        return list(adaptable(self.net))
 
     # --------------------------------------------------------------------------------------- the same for all
 

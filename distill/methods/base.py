@@ -6,7 +6,7 @@ A method is a file in this folder: an options dataclass whose `build` makes the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,9 +77,6 @@ class Method:
     def after(self, step: int, averages: Mapping[str, nn.Module]) -> None:
         """After iteration `step`; averages: the nets' moving averages, as consistency targets or new teachers."""
 
-    def close(self) -> None:
-        """Give back what the method was built from as it was."""
-
     def data(self, batches: Batches, generator: Generator, folder: Path | None, told: Told) -> Batches:
         """Batches of prompts -> what the losses take. What is expensive to make is kept in `folder` and found again."""
         return batches
@@ -90,7 +87,7 @@ class Parts:
     """What options build a method from."""
 
     net: nn.Module
-    """The teacher's net: frozen, and wrapped in place where a coach adds adapters to it. Copy the student first."""
+    """The teacher's net: frozen, otherwise left as it is."""
     make: Make
     """A net of this kind -> its Denoiser."""
     student: Student
@@ -100,6 +97,8 @@ class Parts:
     """A worse teacher, for autoguidance."""
     generator: Generator | None = None
     """Draws initial weights, such as a coach's adapters."""
+    targets: Sequence[str] | None = None
+    """The layers of such a net that adapters go to; None: all that can take them."""
 
 
 class Options(Protocol):

@@ -76,9 +76,6 @@ class SDS(VSD):
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", self.student_loss)
 
-    def close(self) -> None:
-        """There is no coach."""
-
     def coach_says(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, w: float | Tensor) -> tuple[Tensor, Tensor]:
         """The samples themselves, where VSD has the coach's estimate of them."""
         return x.detach(), x.detach()

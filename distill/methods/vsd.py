@@ -59,9 +59,14 @@ class VSDOptions:
     coach_batch: Literal["fresh", "shared"] = "shared"
     """shared: the coach's first step reuses the student's samples of that step (SwiftBrush, DMD2): a forward less."""
     coach: Literal["lora", "copy"] = "lora"
-    """lora: adapters on the frozen teacher, least memory (SwiftBrush). copy: a second net, better and often faster."""
+    """lora: adapters over the teacher's weights, least memory (SwiftBrush). copy: a second net, better and faster."""
     rank: int = 64
     """Of the LoRA coach (SwiftBrush 64)."""
+    alpha: float | None = None
+    """Its scale is alpha / rank. Default: twice the rank (SwiftBrush v2, NASA: rank 64, alpha 128)."""
+    targets: tuple[str, ...] | None = None
+    """Layers that it adapts, by name or ending. Default: the family's. SwiftBrush: to_q to_v; in the tutorial world a
+    coach on attention alone could not follow the student (its loss rose sevenfold)."""
     coach_steps: int = 1
     """Coach steps per student step (SwiftBrush 1, DMD2 5): the smallest at which x_mean and x_std hold still."""
     coach_warmup: int = 0
@@ -75,12 +80,13 @@ class VSDOptions:
     def __post_init__(self) -> None:
         check_times(self)
         within(self, null_drop=(0, 1), rank=(1, inf), coach_steps=(1, inf), coach_warmup=(0, inf))
-        positive(self, "lr", "coach_lr")
+        positive(self, "lr", "coach_lr", "alpha")
 
     def build(self, parts: Parts) -> VSD:
-        """The method; its coach is the teacher with adapters, or a copy of it."""
+        """The method; its coach has the teacher's weights with adapters, or a copy of them."""
         if self.coach == "lora":
-            coach = LoraCoach(parts.net, parts.make, rank=self.rank, generator=parts.generator)
+            how = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets or parts.targets}
+            coach = LoraCoach(parts.net, parts.make, **how, generator=parts.generator)
         else:
             coach = CopyCoach(parts.net, parts.make)
         return VSD(self, parts.student, coach, parts.null, weak=parts.weak)
@@ -130,9 +136,6 @@ class VSD(Method):
             yield Phase("student", self.student_loss)
         for i in range(self.options.coach_steps):
             yield Phase("coach", self.coach_loss, fresh=i > 0)
-
-    def close(self) -> None:
-        self.coach.close()
 
     def student_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """(a scalar whose gradient is g, readouts); leaves the samples in batch["x"]."""

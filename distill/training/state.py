@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import shared
 from ..methods.base import Method
 from . import store
 from .options import TrainOptions
@@ -49,6 +49,33 @@ class Step:
         return self.seconds * (1 - self.progress) / max(self.progress, 1e-9)
 
 
+class Average:
+    """The moving average of a net: `module`, with tensors of its own for what is trained, the net's for what is not."""
+
+    def __init__(self, net: nn.Module):
+        frozen = [p for p in net.parameters() if not p.requires_grad]
+        self.module = shared(net, [*frozen, *net.buffers()] if frozen else []).requires_grad_(False).eval()
+        pairs = zip((*self.module.parameters(), *self.module.buffers()), (*net.parameters(), *net.buffers()))
+        self._pairs = [(mean, now) for mean, now in pairs if mean is not now]
+
+    @torch.no_grad()
+    def take(self, decay: float) -> None:
+        """Move towards the net as it is now; buffers are copied."""
+        for mean, now in self._pairs:
+            mean.lerp_(now, 1 - decay) if isinstance(now, nn.Parameter) else mean.copy_(now)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its own tensors, by name."""
+        own = {id(mean) for mean, _ in self._pairs}
+        return {n: v.detach() for n, v in self.module.state_dict(keep_vars=True).items() if id(v) in own}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave. Raises KeyError or RuntimeError for another net's."""
+        with torch.no_grad():
+            for name, mean in self.state_dict().items():
+                mean.copy_(state[name])
+
+
 class Run:
     """The state of a run between two steps.
 
@@ -62,17 +89,14 @@ class Run:
         for name, params in self.params.items():
             if not params:
                 raise ValueError(f"the {name} has nothing to train: copy it before a coach freezes it, or unfreeze it")
-        self.averages = {name: self._average(net.module) for name, net in self.nets.items() if net.average}
+        averaged = {name: net.module for name, net in self.nets.items() if net.average}
+        self.kept = {} if options.ema is None else {name: Average(module) for name, module in averaged.items()}
+        self.averages = averaged | {name: average.module for name, average in self.kept.items()}
         adamw = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
         self.optimizers = {n: torch.optim.AdamW(p, lr=self.nets[n].lr, **adamw) for n, p in self.params.items()}
         self.step, self.seconds, self.logs, self.sums = 0, 0.0, {}, {}
         self.updates = dict.fromkeys(self.averages, 0)
         self.identity = {"method": type(method).__name__, **(identity or {})}
-
-    def _average(self, module: nn.Module) -> nn.Module:
-        if self.options.ema is None:
-            return module
-        return copy.deepcopy(module).requires_grad_(False).eval()
 
     def progress(self) -> float:
         """0 to 1, by steps or by the clock, whichever is further."""
@@ -90,18 +114,11 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = self.nets[name].lr * scale
 
-    @torch.no_grad()
     def average(self, name: str) -> None:
         """The moving average of a net takes in its weights as they are now."""
-        if name not in self.averages or self.options.ema is None:
-            return
-        self.updates[name] += 1
-        decay = min(self.options.ema, (1 + self.updates[name]) / (10 + self.updates[name]))
-        module = self.nets[name].module
-        for mean, p in zip(self.averages[name].parameters(), module.parameters()):
-            mean.lerp_(p, 1 - decay)
-        for mean, b in zip(self.averages[name].buffers(), module.buffers()):
-            mean.copy_(b)
+        if name in self.kept:
+            self.updates[name] += 1
+            self.kept[name].take(min(self.options.ema, (1 + self.updates[name]) / (10 + self.updates[name])))
 
     def summed(self, every: int) -> dict[str, float]:
         """Add the last logs to the window; every so many steps, and at the end, the window's mean, else {}."""
@@ -116,7 +133,7 @@ class Run:
     # ------------------------------------------------------------------------------------------ saved and loaded
 
     def _parts(self) -> dict[str, Any]:
-        averages = {f"{n}_average": m for n, m in self.averages.items()} if self.options.ema is not None else {}
+        averages = {f"{name}_average": average for name, average in self.kept.items()}
         return {name: net.trained for name, net in self.nets.items()} | averages
 
     def save(self, folder: Path) -> Path:

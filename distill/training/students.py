@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import Adapters
 from ..backbones.base import Backbone
 from ..denoiser import Denoiser
 from ..methods.base import Batches, Options, Parts, Told
-from ..student import Student
+from ..student import Student, StudentOptions
 from .loop import seeded, train
 from .options import TrainOptions
 from .state import Step
@@ -26,7 +26,9 @@ def train_student(
     training: TrainOptions | None = None,
     out: str | Path | None = None,
     *,
+    student: StudentOptions | None = None,
     net: nn.Module | None = None,
+    adapters: Adapters | None = None,
     t_in: float | None = None,
     weak: Denoiser | None = None,
     resume: bool = False,
@@ -40,18 +42,20 @@ def train_student(
             print(step.step, step.logs)
         teacher.save_student("student.safetensors", step.ema, method="vsd")
 
-    batches: of prompts, as training.batches makes them. net: where the student starts, trained in place; default a copy
-    of the teacher's. t_in: the timestep the student is called at, as the net counts them; default the teacher's
-    noisiest. weak: a worse teacher, for autoguidance. told(what, share) hears of data that is made first. The rest is
-    as for `train`, ValueError and Diverged included. The teacher is as it was when the generator ends or is closed.
+    batches: of prompts, as training.batches makes them. student: full weights or a LoRA. net: where it starts, trained
+    in place unless by a LoRA; default a copy of the teacher's, or for a LoRA that one itself. adapters: where a LoRA
+    starts on that net, such as another's. t_in: the timestep the student is called at, as the net counts them; default
+    the teacher's noisiest. weak: a worse teacher, for autoguidance. told(what, share) hears of data that is made first.
+    The rest is as for `train`, ValueError and Diverged included. The teacher's weights stay as they are.
     """
-    training = training or TrainOptions()
-    student = Student(copy.deepcopy(teacher.net) if net is None else net, teacher.wrap, teacher.time(t_in))
-    parts = Parts(teacher.net, teacher.wrap, student, teacher.null, weak, seeded("cpu", training.seed, 2))
-    method = options.build(parts)
+    training, form = training or TrainOptions(), student or StudentOptions()
+    targets = teacher.lora_targets()
+    grown = form.grow(teacher.net, net, targets, seeded("cpu", training.seed, 3))
+    one = Student(grown, teacher.wrap, teacher.time(t_in))
+    if adapters is not None:
+        one.load_state_dict(adapters)
+    drawn_from = seeded("cpu", training.seed, 2)
+    method = options.build(Parts(teacher.net, teacher.wrap, one, teacher.null, weak, drawn_from, targets))
     folder = Path(out) if out is not None else None
-    try:
-        drawn = method.data(batches, seeded("cpu", training.seed, 1), folder, told)
-        yield from train(method, drawn, training, out, resume, device=device or teacher.device, identity=identity)
-    finally:
-        method.close()
+    drawn = method.data(batches, seeded("cpu", training.seed, 1), folder, told)
+    yield from train(method, drawn, training, out, resume, device=device or teacher.device, identity=identity)

@@ -96,7 +96,6 @@ def test_options_build_the_method_and_leave_the_teacher_as_it_was(name):
     method = options.build(parts)
     *_, last = train(method, batches, TINY)
     assert "student_loss" in last.logs and "student" in method.nets
-    method.close()
     assert net.state_dict().keys() == before.keys() and all(
         torch.equal(v, before[k]) for k, v in net.state_dict().items()
     )

@@ -21,7 +21,7 @@ from distill.training.loop import train
 # ------------------------------------------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("kind", ["lora", "copy", "shared", "sds", "regression"])
+@pytest.mark.parametrize("kind", ["lora", "two loras", "copy", "shared", "sds", "regression"])
 @pytest.mark.parametrize("stop", [1, 6])
 def test_resume_is_bitwise(tmp_path, kind, stop):
     run(kind, tmp_path / "straight")
@@ -38,6 +38,12 @@ def test_everything_that_learns_is_saved(tmp_path):
     with safe_open(store.checkpoints(tmp_path / "checkpoints")[0], framework="pt") as f:
         state = json.loads(f.metadata()["onestep.train"])
     assert state["step"] == 12 and state["options"]["lr"] == 1e-3 and state["options"]["clip"] == 1
+
+
+def test_of_two_loras_the_adapters_alone_are_saved(tmp_path):
+    run("two loras", tmp_path)
+    names = {key.partition("/")[2] for key in contents(tmp_path)[0] if "optimizer" not in key}
+    assert names and all("lora_" in name for name in names)
 
 
 def test_the_data_come_in_the_same_order_after_a_resume(tmp_path):
