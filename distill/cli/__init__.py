@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("Train", "train a one-step student of a teacher of yours, by one of several methods"),
     "sample": ("Sample", "make pictures from prompts"),
     "eval": ("Eval", "measure a model of the tutorial world"),
+    "bench": ("Bench", "measure how long a model takes: latency, throughput, part by part"),
     "quantize": ("QuantizeFile", "make a 4-bit file of a model"),
     "info": ("Info", "show what a file says about itself"),
 }
