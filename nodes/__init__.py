@@ -2,6 +2,7 @@
 
 from .four_bit import OneStepLoad4Bit, OneStepLoad4BitCLIP
 from .load import OneStepLoadStudent
+from .negative import OneStepNegative
 from .quantize import OneStepQuantize
 from .sample import OneStepSample, OneStepSchedule
 from .save import OneStepSaveStudent
@@ -10,6 +11,7 @@ NODES = [
     OneStepLoadStudent,
     OneStepSample,
     OneStepSchedule,
+    OneStepNegative,
     OneStepLoad4Bit,
     OneStepLoad4BitCLIP,
     OneStepQuantize,

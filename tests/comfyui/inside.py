@@ -16,14 +16,18 @@ import comfy.model_management as mm
 import inside_lora
 import inside_memory
 import inside_models
+import inside_negative
 
 OUT = Path(ARGUMENTS[0])
+MODULES = (inside_lora, inside_memory, inside_models, inside_negative)
 ONLY = ARGUMENTS[2] if len(ARGUMENTS) > 2 else ""
 
 
 def main() -> None:
     results = {}
-    for name, function in [item for m in (inside_lora, inside_memory, inside_models) for item in vars(m).items()]:
+    for name, function in [
+        item for m in (inside_lora, inside_memory, inside_models, inside_negative) for item in vars(m).items()
+    ]:
         if name.startswith("check_") and ONLY in name:
             start = time.time()
             try:
