@@ -167,7 +167,8 @@ def reference(nets: dict, family: str, i: int) -> torch.Tensor:
     more |= {"generator": torch.Generator().manual_seed(SEED + 1), "prompt_embeds": given["context"].expand(n, -1, -1)}
     pipe = PIPELINES.get(file, stable_diffusion)(nets[file], scheduler, given, more)
     pipe.set_progress_bar_config(disable=True)
-    return pipe(**more).images
+    made = pipe(**more).images
+    return pipe._unpack_latents(made, 8 * h, 8 * w, pipe.vae_scale_factor) if file == "flux" else made
 
 
 def stable_diffusion(net, scheduler, given, more):
@@ -181,7 +182,7 @@ class Sana(torch.nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net, self.config, self.dtype = net, Config(), torch.float32
+        self.net, self.config, self.dtype, self.device = net, Config(), torch.float32, torch.device("cpu")
 
     def forward(self, x, encoder_hidden_states, timestep, **_):
         return (self.net(x, 1000 * timestep, encoder_hidden_states).sample,)
@@ -194,10 +195,7 @@ class Config:
 def sana(net, scheduler, given, more):
     more |= {"use_resolution_binning": False, "prompt_attention_mask": torch.ones(len(given["noise"]), 32)}
     more |= {} if more["num_inference_steps"] == 2 else {"intermediate_timesteps": None}
-    pipe = diffusers.SanaSprintPipeline.__new__(diffusers.SanaSprintPipeline)
-    pipe.register_modules = lambda **parts: [setattr(pipe, k, v) for k, v in parts.items()]
-    pipe.__init__(None, None, None, Sana(net), scheduler)
-    return pipe
+    return diffusers.SanaSprintPipeline(None, None, None, Sana(net), scheduler)
 
 
 def pixart(net, scheduler, given, more):
@@ -215,6 +213,7 @@ def sd3(net, scheduler, given, more):
 def flux(net, scheduler, given, more):
     n = len(given["noise"])
     more |= {"guidance_scale": 0.0, "pooled_prompt_embeds": given["pooled"].expand(n, -1)}
+    more["latents"] = diffusers.FluxPipeline._pack_latents(more["latents"], *given["noise"].shape)
     return diffusers.FluxPipeline(scheduler, None, None, None, None, None, net)
 
 
