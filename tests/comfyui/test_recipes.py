@@ -16,7 +16,7 @@ def files(server, folder):
     for name in ("dmd2_sdxl_4step_unet", "nameless", "sdxl_lightning_8step"):
         tiny.write(folder / f"{name}.safetensors", **EPS)
     for name in ("sdxl_lightning_2step_lora", "ink_lora"):
-        save_file({"none": torch.zeros(1)}, server.base / f"models/loras/{name}.safetensors")
+        save_file({}, server.base / f"models/loras/{name}.safetensors")
 
 
 def stranger(file: str, loras: dict[str, float] | None = None, **recipe) -> dict:
