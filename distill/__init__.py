@@ -2,13 +2,13 @@
 
     import distill
 
-    teacher = distill.load(distill.bundled("teacher"))             # a OneStep file or a diffusers folder
+    teacher = distill.load(distill.bundled("teacher"))             # a OneStep file, a diffusers folder or org/model
     batches = distill.prompt_batches(teacher, ["a red ring", ...], batch_size=16)
     for step in distill.train_student(teacher, distill.VSDOptions(), batches, distill.TrainOptions(steps=500)):
         print(step.step, step.logs["coach_ratio"])
     teacher.save_student("student.safetensors", step.ema, method="vsd")
 
-models      load, bundled, Backbone, to_pil
+models      load, bundled, Backbone, Own (a teacher of yours), to_pil
 denoisers   from_net, guided, autoguided, schedules in `distill.schedule`
 samplers    one_step, few_step, solve
 training    train_student, TrainOptions, prompt_batches, image_batches; train for nets and methods of your own
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 _FACE = {
     "backbones": ["load"],
     "backbones.base": ["Backbone", "to_pil"],
+    "backbones.own": ["Own"],
     "tutorial.bundled": ["bundled"],
     "denoiser": ["from_net", "guided", "autoguided"],
     "sample": ["one_step", "few_step", "solve"],

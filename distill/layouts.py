@@ -152,6 +152,40 @@ def text_to_diffusers(weights: Weights, config: dict | None = None) -> Weights:
     return {k.removeprefix("text_model."): v for k, v in weights.items()}
 
 
+OPENCLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def text_to_openclip(weights: Weights) -> Weights:
+    """transformers' CLIP text model -> OpenCLIP's names, as Stable Diffusion 2.x and XL hold their larger one: queries,
+    keys and values in one matrix, the projection (in, out) instead of (out, in)."""
+    weights = {k.removeprefix("text_model."): v for k, v in weights.items() if not k.endswith("position_ids")}
+    renamed = {}
+    for key, value in weights.items():
+        layer, _, rest = key.removeprefix("encoder.layers.").partition(".")
+        module, _, kind = (rest if layer.isdigit() else key).rpartition(".")
+        block = f"transformer.resblocks.{layer}." if layer.isdigit() else ""
+        if module == "self_attn.q_proj":
+            three = [weights[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            renamed[f"{block}attn.in_proj_{kind}"] = torch.cat(three)
+        elif module == "embeddings.position_embedding":
+            renamed["positional_embedding"] = value
+        elif module == "text_projection":
+            renamed["text_projection"] = value.T
+        elif module in OPENCLIP:
+            renamed[f"{block}{OPENCLIP[module]}.{kind}"] = value
+        elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
+            raise KeyError(f"text encoder {key}")
+    return renamed
+
+
 PREFIXES = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
 """Where a part's weights lie in a file."""
 RENAMES = {

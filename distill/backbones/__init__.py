@@ -17,6 +17,7 @@ from .base import Backbone
 
 FAMILIES = {
     "stable_diffusion": ("StableDiffusion", ["StableDiffusionPipeline"]),
+    "own": ("Own", []),
     "sdxl": ("SDXL", ["StableDiffusionXLPipeline"]),
 }
 """Family, as metadata names it (and its module here): its class, and diffusers' pipelines that are of it."""

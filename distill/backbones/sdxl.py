@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Cond
+from ..layouts import Weights, text_to_ldm, text_to_openclip
 from .base import Backbone
+from .ldm import checkpoint_weights
 
 
 class SDXL(Backbone):
@@ -34,6 +36,16 @@ class SDXL(Backbone):
         added = {"text_embeds": cond["text_embeds"], "time_ids": size}
         words = cond["encoder_hidden_states"]
         return net(x, index, encoder_hidden_states=words, added_cond_kwargs=added, return_dict=False)[0]
+
+    def comfy_weights(self, net: nn.Module) -> Weights:
+        """As Stability's own file holds them; an empty tensor's name says v prediction."""
+        self.need_parts("text_encoder", "text_encoder_2")
+        first, second = (dict(self.parts[name].state_dict()) for name in ("text_encoder", "text_encoder_2"))
+        texts = {f"conditioner.embedders.0.transformer.{k}": v for k, v in text_to_ldm(first).items()}
+        texts |= {f"conditioner.embedders.1.model.{k}": v for k, v in text_to_openclip(second).items()}
+        if self.meta.prediction == "v":
+            texts["v_pred"] = torch.zeros(0)
+        return checkpoint_weights(self, net, texts, ("eps", "v"))
 
     def feature_layers(self, net: nn.Module) -> list[nn.Module]:
         """Every level on the way down, and the middle."""

@@ -15,10 +15,10 @@ from ..denoiser import Cond
 from ..file import checkpoint, tokens
 from ..file.metadata import Metadata
 from ..header import CheckpointError
-from ..layouts import Weights, is_patch
+from ..layouts import TEXT, Weights, is_patch, text_to_ldm, text_to_openclip
 from ..packed.layers import install
 from ..packed.weight import QuantError, layers
-from . import folder
+from . import folder, ldm
 from .base import Backbone, skeleton
 from .patch import PatchAutoencoder
 
@@ -88,8 +88,17 @@ class StableDiffusion(Backbone):
         return StableDiffusionPipeline(**parts, tokenizer=self.tokenizer, **without, requires_safety_checker=False)
 
     def comfy_weights(self, net: nn.Module) -> Weights:
-        """As a OneStep file holds them."""
-        return self.pack(net, self.meta).weights
+        """As a OneStep file holds them; of 2.x, whose text encoder is OpenCLIP's, that one in OpenCLIP's names. ComfyUI
+        tells v prediction of 2.x by the size of one weight, and of 1.x not at all."""
+        self.need_parts("text_encoder")
+        text = self.parts["text_encoder"]
+        if text.config.hidden_act == "gelu":
+            words = ldm.longer(text_to_openclip(dict(text.state_dict())))
+            texts, predictions = {f"cond_stage_model.model.{k}": v for k, v in words.items()}, ("eps", "v")
+        else:
+            texts = {TEXT + k: v for k, v in text_to_ldm(dict(text.state_dict())).items()}
+            predictions = ("eps",)
+        return ldm.checkpoint_weights(self, net, texts, predictions)
 
 
 def empty(part: str, meta: Metadata, path: str | Path) -> nn.Module:
