@@ -139,6 +139,21 @@ class Backbone:
             if self.pipeline is not None:
                 setattr(self.pipeline, name, None)
 
+    def move_net(self, device: str | torch.device) -> None:
+        """The part that is distilled to a device, where from now on everything is computed. The other parts stay, and
+        do their work, where they are."""
+        aside, encode = self.device, self.encode
+
+        def encode_there(prompts: list[str]) -> Cond:
+            here, self.device = self.device, aside
+            try:
+                return map_cond(lambda c: c.to(here), encode(prompts))
+            finally:
+                self.device = here
+
+        self.device, self.encode = torch.device(device), encode_there
+        self.net.to(device)
+
     @property
     def net(self) -> nn.Module:
         """The part that is distilled."""
@@ -196,15 +211,15 @@ class Backbone:
 
     def to_latents(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> what the net sees, (B, C, h, w); the mean of the VAE's posterior."""
-        z = self.parts["vae"].encode(pictures.to(dtype_of(self.parts["vae"], pictures)))
+        z = self.parts["vae"].encode(fit(pictures, self.parts["vae"]))
         if not isinstance(z, Tensor):
             z = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latent
-        return (z - self.meta.latent["shift"]) * self.meta.latent["scale"]
+        return ((z - self.meta.latent["shift"]) * self.meta.latent["scale"]).to(self.device)
 
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """What the net puts out (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1]; gradients pass."""
         latents = latents / self.meta.latent["scale"] + self.meta.latent["shift"]
-        latents = latents.to(dtype_of(self.parts["vae"], latents))
+        latents = fit(latents, self.parts["vae"])
         parts = [self.parts["vae"].decode(z) for z in latents.split(batch)]
         return torch.cat([getattr(p, "sample", p) for p in parts]).float().clamp(-1, 1)
 
@@ -295,6 +310,11 @@ class Backbone:
 def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
     """What a module computes in, by its first weight; x's own, where it has none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+
+
+def fit(x: Tensor, module: nn.Module) -> Tensor:
+    """x as a module takes it: in its weights' type, on their device."""
+    return x.to(next((p for p in module.parameters() if p.is_floating_point()), x))
 
 
 def encode_all(model: Backbone, prompts: list[str], batch: int = 64) -> Cond:

@@ -10,24 +10,24 @@ be replayed alone, and a resumed run is bitwise the run that was never stopped.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from ..checks import need
 from ..methods.base import Batches, Method, Phase
-from . import store
+from . import records
 from .options import TrainOptions
 from .state import Run, Step
+from .stopping import undivided
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL.Image import Image
 
 
 class Diverged(RuntimeError):
@@ -61,6 +61,7 @@ def train(
     *,
     device: str | torch.device | None = None,
     identity: Mapping[str, Any] | None = None,
+    sheet: Callable[[nn.Module], Image] | None = None,
 ) -> Iterator[Step]:
     """Train the method's nets in place, phase by phase.
 
@@ -69,15 +70,16 @@ def train(
     there, if any; without it a folder that holds a run is refused (FileExistsError). device: default what accelerate
     finds. identity: what the run is about (teacher, coach, ...), JSON; a saved run of another identity or method is
     refused (ValueError), one with other options goes on with the new ones and says so. A run that had ended yields
-    its last step again.
+    its last step again. sheet(the average student) -> a picture for sheets/, every options.sheet_every steps.
 
     Weights enter the average only after their own samples and losses were seen to be finite, so the average of a run
     that raises Diverged is its last good one. Ctrl-C, break and close() leave a checkpoint of the last whole step (keep
     no reference to the generator, or close it). With `minutes` the clock decides the learning rates, so only runs by
     `steps` repeat bitwise.
 
-    Several processes (torchrun; without GPUs device="cpu") start from the first one's weights and
-    average their gradients.
+    Several processes (accelerate launch, torchrun; without GPUs device="cpu") start from the first one's weights and
+    average their gradients. n of them do what one does with n times `accumulate`; where one is asked to stop, all do
+    after the same step.
     """
     from accelerate import Accelerator
 
@@ -85,71 +87,100 @@ def train(
     device = torch.device(device) if device else accelerator.device
     for net in method.nets.values():
         net.module.to(device)
+    prepare(method, options)
     run = Run(method, options, identity)
     _share(run, accelerator)
     folder = Path(out) / "checkpoints" if out is not None else None
     if folder is not None:
         run.open(folder, resume)
     keep = folder is not None and accelerator.is_main_process
-    writers = store.writers(Path(out), run.step) if keep else []
+    recorders = records.recorders(Path(out), run.step, options.tracker, run.about()) if keep else []
     clock, between = time.monotonic() - run.seconds, True
     try:
-        if run.progress() == 1:
-            yield run.report()
-        while run.progress() < 1:
-            with undivided() as let_through:
+        with undivided() as stop:
+            if run.progress() == 1:
+                yield run.report()
+            while run.progress() < 1:
                 between = False
                 run.logs = _iteration(run, method, batches, accelerator, device)
                 run.step += 1
-                run.seconds = _agree(time.monotonic() - clock, accelerator)
-                between = True
-                row = run.summed(options.log_every)
-                for write in writers if row else ():
-                    write(run.step, row)
-                if keep and (run.step % options.save_every == 0 or run.progress() == 1):
+                run.seconds, asked = _agree(time.monotonic() - clock, stop.asked, accelerator)
+                between, row = True, run.summed(options.log_every)
+                page = sheet(run.averages["student"]) if sheet and keep and _due(run, options.sheet_every) else None
+                for recorder in recorders:
+                    recorder.row(run.step, row)
+                    if page is not None:
+                        recorder.sheet(run.step, page)
+                if keep and _due(run, options.save_every):
                     run.save(folder)
-            try:
-                yield run.report(row)
-            finally:
-                let_through()
+                try:
+                    yield run.report(row)
+                finally:
+                    stop.let_through(asked if accelerator.num_processes > 1 else stop.asked)
     except (KeyboardInterrupt, GeneratorExit):
         if keep and between:  # never half a step: a second Ctrl-C leaves the checkpoint before
             run.save(folder)
         raise
 
 
+def _due(run: Run, every: int | None) -> bool:
+    """Whether something that is done every so many steps, and at the end, is due."""
+    return every is not None and (run.step % every == 0 or run.progress() == 1)
+
+
+def prepare(method: Method, options: TrainOptions) -> None:
+    """Make the nets compute as the options say. Raises ValueError for a net that cannot."""
+    for name, net in method.nets.items():
+        inside = [m for m in net.module.modules() if hasattr(m, "enable_gradient_checkpointing")]
+        if options.gradient_checkpointing:
+            need(bool(inside), "gradient_checkpointing", True, f"the {name} is no net of diffusers and has none")
+            for module in inside:
+                module.enable_gradient_checkpointing()
+        if options.compile:
+            for module in inside or [net.module]:
+                module.compile()  # in place: the names of its weights stay
+
+
 def _iteration(
     run: Run, method: Method, batches: Batches, accelerator: Accelerator, device: torch.device
 ) -> dict[str, float]:
-    """The method's phases, once."""
-    o, rank = run.options, accelerator.process_index
-    draw, noise = seeded("cpu", o.seed, run.step, rank, 0), seeded(device, o.seed, run.step, rank, 1)
+    """The method's phases, once. Batches are numbered over all processes and each has its own generators, so that two
+    processes do what one does with twice as many batches a step."""
+    o = run.options
+    numbers = [accelerator.process_index * o.accumulate + i for i in range(o.accumulate)]
+    draws = [seeded("cpu", o.seed, run.step, n, 0) for n in numbers]
+    noises = [seeded(device, o.seed, run.step, n, 1) for n in numbers]
     run.set_lr()
     logs: dict[str, float] = {}
     drawn: list[dict] = []
     for phase in method.phases(run.step):
         if phase.fresh or not drawn:
-            drawn = [_to(batches(run.step, draw), device) | {"device": device} for _ in range(o.accumulate)]
-        logs |= _update(run, phase, drawn, noise, accelerator, device)
+            drawn = [_to(batches(run.step, draw), device) | {"device": device} for draw in draws]
+        logs |= _update(run, phase, drawn, noises, accelerator, device)
     method.after(run.step, run.averages)
     return logs
 
 
 def _update(
-    run: Run, phase: Phase, drawn: list[dict], noise: Generator, accelerator: Accelerator, device: torch.device
+    run: Run, phase: Phase, drawn: list[dict], noises: list[Generator], accelerator: Accelerator, device: torch.device
 ) -> dict[str, float]:
-    """One optimiser step on one net; its readouts. Raises Diverged before anything is changed."""
+    """One optimiser step on one net; its readouts, as means over all batches. Raises Diverged, in every process,
+    before anything is changed."""
     o, name, params = run.options, phase.net, run.params[phase.net]
     run.optimizers[name].zero_grad(set_to_none=True)
-    for batch in drawn:
+    seen: list[Tensor] = []
+    for batch, noise in zip(drawn, noises):
         with torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             loss, readouts = phase.loss(batch, noise)
         (loss / len(drawn)).backward()
+        seen.append(torch.stack([v.detach().float() for v in readouts.values()]))
+    means = torch.stack(seen).mean(0)
     if accelerator.num_processes > 1:  # by hand: nets that call each other do not fit DDP's hooks
+        means = accelerator.reduce(means, "mean")
         for p in params:
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
-    readouts = readouts | {f"{name}_grad_norm": nn.utils.clip_grad_norm_(params, o.clip)}
-    logs = dict(zip(readouts, torch.stack([v.detach().float() for v in readouts.values()]).tolist()))
+    norm = nn.utils.clip_grad_norm_(params, o.clip).detach().float()
+    logs = dict(zip([*readouts, f"{name}_grad_norm"], torch.cat([means, norm[None]]).tolist()))
     _check(run, logs)
     run.average(name)
     run.optimizers[name].step()
@@ -178,29 +209,6 @@ def seeded(device: str | torch.device, *numbers: int) -> Generator:
     return torch.Generator(device=device).manual_seed(h % 2**63)
 
 
-@contextmanager
-def undivided() -> Iterator[Callable[[], None]]:
-    """Ctrl-C, and SIGTERM where the program handles it, wait until what this gives is called; a second one does not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    old = {s: h for s in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(s))}
-    asked: list[int] = []
-
-    def wait(signum: int, frame: Any) -> None:
-        if asked:
-            old[signum](signum, frame)
-        asked.append(signum)
-
-    for s in old:
-        signal.signal(s, wait)
-    try:
-        yield lambda: old[asked[0]](asked[0], None) if asked else None
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
 def _to(tree: Any, device: torch.device) -> Any:
     """Tensors of a nested batch to the device; everything else as it is."""
     if isinstance(tree, Tensor):
@@ -226,10 +234,10 @@ def _share(run: Run, accelerator: Accelerator) -> None:
             run.averages[name].load_state_dict(run.nets[name].module.state_dict())
 
 
-def _agree(seconds: float, accelerator: Accelerator) -> float:
-    """The main process's clock decides for all."""
+def _agree(seconds: float, asked: list[int], accelerator: Accelerator) -> tuple[float, list[int]]:
+    """(the slowest process's clock, a signal that any of them was sent), the same in all."""
     if accelerator.num_processes == 1:
-        return seconds
-    from accelerate.utils import broadcast
-
-    return float(broadcast(torch.tensor(seconds, device=accelerator.device)))
+        return seconds, asked
+    mine = torch.tensor([seconds, asked[0] if asked else 0], dtype=torch.float64, device=accelerator.device)
+    slowest, signum = accelerator.gather(mine[None]).amax(0).tolist()
+    return slowest, [int(signum)] if signum else []

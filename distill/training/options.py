@@ -44,12 +44,25 @@ class TrainOptions:
     """Of every random number in the run."""
     precision: Literal["no", "bf16"] = "no"
     """Autocast of the nets' insides (losses stay fp32). No fp16: the loss is a difference of near equals (SiD-LSG)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again where they are needed, in place of keeping them: far less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the nets: minutes at first, then faster steps on a GPU."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: bitsandbytes', whose moments take a byte each in place of four."""
+    ema_on_cpu: bool = False
+    """Keep the average of a full student in the CPU's memory; each step then copies its weights there."""
+    sheet_every: int | None = 500
+    """Iterations per sheet of pictures of the averaged student, from the same prompts and noise. None: no sheets."""
+    tracker: Literal["tensorboard", "wandb"] = "tensorboard"
+    """tensorboard: where it is installed. wandb: Weights & Biases beside it."""
     max_spread: float = 10.0
     """Stop when the samples' standard deviation exceeds this; latents have about 1 by the file contract."""
 
     def __post_init__(self) -> None:
         need(self.steps is not None or self.minutes is not None, "steps", None, "give steps or minutes")
         within(self, steps=(1, inf), accumulate=(1, inf), log_every=(1, inf), save_every=(1, inf), keep=(1, inf))
+        within(self, sheet_every=(1, inf))
         within(self, lr_warmup=(0, inf), weight_decay=(0, inf), decay_from=(0, 1), lr_end=(0, 1))
         need(self.ema is None or 0 <= self.ema < 1, "ema", self.ema, "0 or more, below 1")
         need(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "0 or more, below 1")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..adapters import shared
 from ..methods.base import Method
 from . import store
+from .optimizers import load_state, make_optimizer, state_tensors
 from .options import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,14 @@ class Step:
 
 
 class Average:
-    """The moving average of a net: `module`, with tensors of its own for what is trained, the net's for what is not."""
+    """The moving average of a net: `module`, with tensors of its own for what is trained, the net's for what is not.
+    on_cpu: there, for a net of which all is trained; adapters' averages are small."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, on_cpu: bool = False):
         frozen = [p for p in net.parameters() if not p.requires_grad]
         self.module = shared(net, [*frozen, *net.buffers()] if frozen else []).requires_grad_(False).eval()
+        if on_cpu and not frozen:
+            self.module.to("cpu")
         pairs = zip((*self.module.parameters(), *self.module.buffers()), (*net.parameters(), *net.buffers()))
         self._pairs = [(mean, now) for mean, now in pairs if mean is not now]
 
@@ -62,7 +66,8 @@ class Average:
     def take(self, decay: float) -> None:
         """Move towards the net as it is now; buffers are copied."""
         for mean, now in self._pairs:
-            mean.lerp_(now, 1 - decay) if isinstance(now, nn.Parameter) else mean.copy_(now)
+            here = now.to(mean.device)
+            mean.lerp_(here, 1 - decay) if isinstance(now, nn.Parameter) else mean.copy_(here)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its own tensors, by name."""
@@ -90,13 +95,16 @@ class Run:
             if not params:
                 raise ValueError(f"the {name} has nothing to train: copy it before a coach freezes it, or unfreeze it")
         averaged = {name: net.module for name, net in self.nets.items() if net.average}
-        self.kept = {} if options.ema is None else {name: Average(module) for name, module in averaged.items()}
+        self.kept = {} if options.ema is None else {n: Average(m, options.ema_on_cpu) for n, m in averaged.items()}
         self.averages = averaged | {name: average.module for name, average in self.kept.items()}
-        adamw = {"betas": options.betas, "weight_decay": options.weight_decay, "fused": True}
-        self.optimizers = {n: torch.optim.AdamW(p, lr=self.nets[n].lr, **adamw) for n, p in self.params.items()}
+        self.optimizers = {n: make_optimizer(options, p, self.nets[n].lr) for n, p in self.params.items()}
         self.step, self.seconds, self.logs, self.sums = 0, 0.0, {}, {}
         self.updates = dict.fromkeys(self.averages, 0)
         self.identity = {"method": type(method).__name__, **(identity or {})}
+
+    def about(self) -> dict[str, Any]:
+        """The options of the run, the loop's and the method's."""
+        return asdict(self.options) | self.method_options
 
     def progress(self) -> float:
         """0 to 1, by steps or by the clock, whichever is further."""
@@ -140,10 +148,9 @@ class Run:
         """Write a checkpoint; its path."""
         tensors = {f"{n}/{k}": v for n, part in self._parts().items() for k, v in part.state_dict().items()}
         for name, optimizer in self.optimizers.items():
-            for i, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}_optimizer/{i}/{k}": v for k, v in state.items()}
+            tensors |= {f"{name}_optimizer/{k}": v for k, v in state_tensors(optimizer).items()}
         state = {name: getattr(self, name) for name in ("step", "seconds", "updates", "logs", "sums", "identity")}
-        state["options"] = asdict(self.options) | self.method_options
+        state["options"] = self.about()
         return store.save(folder, self.step, tensors, state, self.options.keep)
 
     def open(self, folder: Path, resume: bool) -> None:
@@ -169,7 +176,7 @@ class Run:
 
     def tell(self, state: dict) -> None:
         """Log which options are not those of the saved run."""
-        for name, now in json.loads(json.dumps(asdict(self.options) | self.method_options)).items():
+        for name, now in json.loads(json.dumps(self.about())).items():
             before = state["options"].get(name, now)
             if before != now:
                 log.warning("resumed with %s %s; it was %s", name, now, before)
@@ -186,11 +193,7 @@ class Run:
             except (KeyError, RuntimeError) as error:
                 raise ValueError(f"the saved {name} does not fit this run's: {error}") from None
         for name, optimizer in self.optimizers.items():
-            moments: dict[int, dict] = {}
-            for key, v in parts.get(f"{name}_optimizer", {}).items():
-                i, _, k = key.partition("/")
-                moments.setdefault(int(i), {})[k] = v
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            load_state(optimizer, parts.get(f"{name}_optimizer", {}))
         for name in ("step", "seconds", "updates", "logs", "sums"):
             setattr(self, name, state[name])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,11 +12,14 @@ from torch import nn
 from ..adapters import Adapters
 from ..backbones.base import Backbone
 from ..denoiser import Denoiser
-from ..methods.base import Batches, Options, Parts, Told
+from ..methods.base import Batches, Method, Options, Parts, Told
 from ..student import Student, StudentOptions
 from .loop import seeded, train
 from .options import TrainOptions
 from .state import Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def train_student(
@@ -35,6 +38,7 @@ def train_student(
     device: str | torch.device | None = None,
     identity: Mapping[str, Any] | None = None,
     told: Told = lambda what, share: None,
+    sheet: Callable[[nn.Module], Image] | None = None,
 ) -> Iterator[Step]:
     """Train a one-step student of a teacher by the method that `options` (such as VSDOptions()) describe.
 
@@ -48,14 +52,29 @@ def train_student(
     the teacher's noisiest. weak: a worse teacher, for autoguidance. told(what, share) hears of data that is made first.
     The rest is as for `train`, ValueError and Diverged included. The teacher's weights stay as they are.
     """
-    training, form = training or TrainOptions(), student or StudentOptions()
-    targets = teacher.lora_targets()
+    training = training or TrainOptions()
+    method = assemble(teacher, options, training, student, net, adapters, t_in, weak)
+    folder = Path(out) if out is not None else None
+    drawn = method.data(batches, seeded("cpu", training.seed, 1), folder, told)
+    how = {"device": device or teacher.device, "identity": identity, "sheet": sheet}
+    yield from train(method, drawn, training, out, resume, **how)
+
+
+def assemble(
+    teacher: Backbone,
+    options: Options,
+    training: TrainOptions,
+    student: StudentOptions | None = None,
+    net: nn.Module | None = None,
+    adapters: Adapters | None = None,
+    t_in: float | None = None,
+    weak: Denoiser | None = None,
+) -> Method:
+    """The method with its nets, as `train_student` trains it; see there."""
+    form, targets = student or StudentOptions(), teacher.lora_targets()
     grown = form.grow(teacher.net, net, targets, seeded("cpu", training.seed, 3))
     one = Student(grown, teacher.wrap, teacher.time(t_in))
     if adapters is not None:
         one.load_state_dict(adapters)
     drawn_from = seeded("cpu", training.seed, 2)
-    method = options.build(Parts(teacher.net, teacher.wrap, one, teacher.null, weak, drawn_from, targets))
-    folder = Path(out) if out is not None else None
-    drawn = method.data(batches, seeded("cpu", training.seed, 1), folder, told)
-    yield from train(method, drawn, training, out, resume, device=device or teacher.device, identity=identity)
+    return options.build(Parts(teacher.net, teacher.wrap, one, teacher.null, weak, drawn_from, targets))

@@ -1,0 +1,41 @@
+"""One of the processes that test_processes.py starts: trains in OUT, as CASE says, and prints its weights.
+
+OUT CASE: "whole", to the end; "stop", to step 6; "killed", the second process dies in step 7; "endless", until SIGTERM.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(p) for p in Path(__file__).parents[1:3]]
+from small_runs import TINY, batches, build  # noqa: E402
+
+from distill.training.loop import train  # noqa: E402
+
+
+def terminated(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main(out, case):
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, terminated)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    steps = 10**6 if case == "endless" else TINY.steps
+    options = replace(TINY, steps=steps, accumulate=4 // world)
+    for last in train(build("copy", seed=rank), batches, options, out, resume=True, device="cpu"):
+        if case == "endless" and rank == 0:
+            Path(out, "steps").write_text(str(last.step))
+        if case == "stop" and last.step == 6:
+            break
+        if case == "killed" and last.step == 6 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    print("weights", sum(p.double().sum().item() for p in last.student.parameters()), last.logs, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
