@@ -17,7 +17,7 @@ COMMANDS = {
     "demo": ("Demo", "train a one-step student of the bundled teacher in five minutes, and compare the two"),
     "train": ("Train", "train a one-step student of a teacher of yours, by one of several methods"),
     "sample": ("Sample", "make pictures from prompts"),
-    "eval": ("Eval", "measure a model of the tutorial world"),
+    "eval": ("Eval", "measure a model: the tutorial's figures, or FID, KID and CLIP score"),
     "bench": ("Bench", "measure how long a model takes: latency, throughput, part by part"),
     "quantize": ("QuantizeFile", "make a 4-bit file of a model"),
     "info": ("Info", "show what a file says about itself"),

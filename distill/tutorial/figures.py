@@ -15,20 +15,6 @@ def all_right(read: Tensor, asked: Tensor, stated: Tensor | None = None) -> Tens
     return (right if stated is None else right | ~stated).all(1)
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to features a (N, D) and b (M, D) (Heusel et al. 2017, eq. 6).
-
-    The trace of the root of the product is taken from the eigenvalues of a symmetric matrix similar to it. The value
-    falls with the number of samples: compare only equal N, and give the distance between two real sets beside it.
-    """
-    a, b = a.double(), b.double()
-    ca, cb = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
-
-
 def style_spread(style: Tensor, counts: Tensor, groups: int) -> Tensor:
     """Standard deviation of each style number among pictures of one prompt, (10,).
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..evaluate.figures import frechet
 from . import shapes
-from .figures import all_right, distance_to_clean, entropy, frechet, style_spread
+from .figures import all_right, distance_to_clean, entropy, style_spread
 from .judge import Judge, Reading
 from .nearest import Nearest, nearest_render
 
