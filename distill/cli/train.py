@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
 from ..methods import METHODS
 from ..training.options import TrainOptions
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..backbones.base import Backbone
+    from ..denoiser import Cond, Denoiser
+    from ..methods.base import Batches
+
+SHOWN = 8
+"""Prompts on a sheet: the first ones."""
+
 
 @dataclass(frozen=True)
 class Run:
     out: Path
     """Folder for student.safetensors (or student/, for a teacher without OneStep files, such as SDXL), log.csv,
-    TensorBoard files and checkpoints."""
+    TensorBoard files, sheets of pictures and checkpoints."""
     teacher: str = "teacher"
     """The bundled teacher, a OneStep file, or a folder of diffusers'."""
     weak: str | None = None
@@ -37,10 +48,15 @@ class Run:
     """The timestep the student is called at, as the net counts them. Default: the teacher's noisiest. DMD2: 399."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+    aside: str | None = None
+    """The device of text encoders and VAE, which are not trained; cpu leaves a GPU to the nets. Default: `device`."""
     resume: bool = False
     """Go on with the run in `out`."""
     force: bool = False
     """Overwrite a student that is in `out` without its run."""
+    dry_run: bool = False
+    """Only tell what it would take: parameters, memory by part with a step measured, and options that make it fit. The
+    exit code is 1 where it does not fit. Nothing is written."""
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
@@ -64,45 +80,26 @@ class Train:
 
 
 def run(o: Train) -> Path:
-    """Train, write the student into out, return its path. Raises CheckpointError, Diverged, FileExistsError."""
+    """Train, write the student into `out`, return its path. Raises CheckpointError, Diverged, FileExistsError."""
     return train(o.how)
 
 
 def train(o: Run) -> Path:
     """As `run`, from one of COMMANDS' dataclasses."""
-    import torch
-
-    from ..backbones import load
-    from ..backbones.base import weaker
     from ..checks import need
-    from ..header import CheckpointError
-    from ..training.batches import prompt_batches, prompt_rows
     from ..training.prompts import read_prompts
+    from ..training.sheets import sheets
     from ..training.students import train_student
-    from ..tutorial.bundled import find
-    from ..tutorial.prompts import shape_batches, speaks
-    from .console import bars, is_main_process, open_teacher, refuse_run, writable
+    from .console import bars, is_main_process, refuse_run, writable
 
     need(o.batch_size >= 1, "batch-size", o.batch_size, "1 or more")
     writable(o.out, folder=True)
-    refuse_run(o.out, [o.out], o.resume, o.force)
+    refuse_run(o.out, [o.out], o.resume or o.dry_run, o.force or o.dry_run)
     prompts = read_prompts(o.prompts, o.column) if o.prompts else None
-    teacher = open_teacher(o.teacher, o.device)
+    teacher, weak, net = opened(o, prompts is not None)
+    if o.dry_run:
+        return try_dry(o, teacher, weak, net, prompts)
     file = teacher.student_path(o.out / "student.safetensors")
-    teacher.time(o.t_in)
-    if prompts is None and not speaks(teacher):
-        raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")
-    weak = None
-    if getattr(o.options, "autoguidance", 1.0) != 1:
-        if o.weak is None and o.teacher != "teacher":
-            raise ValueError("autoguidance needs --weak, a worse version of the teacher, such as an early checkpoint")
-        weak = weaker(teacher, load(find(o.weak or "weak"), teacher.device))
-    net = None
-    if o.init is not None:
-        net = load(find(o.init), teacher.device).net
-        ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (teacher.net, net))
-        if ours != theirs:
-            raise CheckpointError(f"{o.init}: another architecture than {teacher.name}'s. Start from one of its kind.")
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
     guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
     about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
@@ -111,14 +108,10 @@ def train(o: Run) -> Path:
     step = None
     try:
         with bars() as told:
-            if prompts is None:
-                batches = shape_batches(teacher, o.batch_size)
-            else:
-                half = torch.bfloat16 if o.training.precision == "bf16" else None
-                rows = prompt_rows(teacher, prompts, o.cache or o.out / "cache", half, told)
-                batches = prompt_batches(teacher, rows, o.batch_size)
+            batches, shown = source(o, teacher, prompts, told)
+            sheet = sheets(teacher, shown, o.t_in, o.training.seed)
             how = {"net": net, "t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in)}
-            for step in train_student(teacher, o.options, batches, o.training, o.out, **how, told=told):
+            for step in train_student(teacher, o.options, batches, o.training, o.out, **how, told=told, sheet=sheet):
                 told(o.method, step.progress, **step.logs)
     except KeyboardInterrupt:
         left = "nothing to keep yet" if step is None and not file.exists() else f"{file} is the student so far"
@@ -129,6 +122,76 @@ def train(o: Run) -> Path:
             teacher.save_student(file, step.ema, **about)
     print(file)
     return file
+
+
+def opened(o: Run, prompted: bool) -> tuple[Backbone, Denoiser | None, nn.Module | None]:
+    """(the teacher, a weaker one, the net to start from). Raises CheckpointError where one does not fit, ValueError for
+    a teacher that needs prompts and has none."""
+    from ..backbones import load
+    from ..backbones.base import weaker
+    from ..header import CheckpointError
+    from ..tutorial.bundled import find
+    from ..tutorial.prompts import speaks
+    from .console import open_teacher, pick_device
+
+    teacher = open_teacher(o.teacher, o.aside or o.device)
+    teacher.time(o.t_in)
+    if not prompted and not speaks(teacher):
+        raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")
+    if o.aside is not None:
+        teacher.move_net(pick_device(o.device))
+    weak = net = None
+    if getattr(o.options, "autoguidance", 1.0) != 1:
+        if o.weak is None and o.teacher != "teacher":
+            raise ValueError("autoguidance needs --weak, a worse version of the teacher, such as an early checkpoint")
+        weak = weaker(teacher, load(find(o.weak or "weak"), teacher.device))
+    if o.init is not None:
+        net = load(find(o.init), teacher.device).net
+        ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (teacher.net, net))
+        if ours != theirs:
+            raise CheckpointError(f"{o.init}: another architecture than {teacher.name}'s. Start from one of its kind.")
+    return teacher, weak, net
+
+
+def source(o: Run, teacher: Backbone, prompts: list[str] | None, told: Callable[..., None]) -> tuple[Batches, Cond]:
+    """(batches, the conditions of the prompts on sheets): of the tutorial world's prompts, or of those given, which are
+    encoded once; then text encoders are forgotten, where saving a student copies them from the teacher's folder."""
+    import torch
+
+    from ..training.batches import prompt_batches, prompt_rows, text_encoders
+    from ..tutorial.prompts import shape_batches
+    from ..tutorial.shapes import sample_prompts
+
+    if prompts is None:
+        few = sample_prompts(SHOWN, torch.Generator().manual_seed(o.training.seed))
+        return shape_batches(teacher, o.batch_size), teacher.encode(few)
+    half = torch.bfloat16 if o.training.precision == "bf16" else None
+    rows = prompt_rows(teacher, prompts, o.cache or o.out / "cache", half, told)
+    if not teacher.in_comfyui:
+        teacher.free(*text_encoders(teacher))
+    return prompt_batches(teacher, rows, o.batch_size), rows[range(min(SHOWN, len(rows)))]
+
+
+def try_dry(o: Run, teacher: Backbone, weak: Denoiser | None, net: nn.Module | None, prompts: list[str] | None) -> Path:
+    """Print what the run would take. Raises SystemExit where it does not fit."""
+    from ..training.batches import prompt_batches, prompt_rows, text_encoders
+    from ..training.dry_run import DryRun
+    from ..training.students import assemble
+    from ..tutorial.prompts import shape_batches
+
+    def batches(count: int) -> Batches:
+        return shape_batches(teacher, count) if rows is None else prompt_batches(teacher, rows, count)
+
+    rows = None if prompts is None else prompt_rows(teacher, prompts[: o.batch_size])
+    if rows is not None and not teacher.in_comfyui:
+        teacher.free(*text_encoders(teacher))
+    few = {"pairs": 1, "pairs_minutes": None} if hasattr(o.options, "pairs") else {}
+    method = assemble(teacher, replace(o.options, **few), o.training, net=net, t_in=o.t_in, weak=weak)
+    found = DryRun(teacher, method, batches, o.batch_size, o.training)
+    print("\n".join(found.lines()))
+    if not found.fits:
+        raise SystemExit(1)
+    return o.out
 
 
 def identity(o: Run, t_in: float) -> dict[str, Any]:
@@ -147,6 +210,6 @@ def plain(o: Run) -> dict[str, Any]:
             found |= asdict(value)
         elif f.name in ("teacher", "weak", "init", "prompts"):
             found[f.name] = Path(value).name if value else None
-        elif f.name not in ("out", "cache", "device", "resume", "force"):
+        elif f.name not in ("out", "cache", "device", "aside", "resume", "force", "dry_run"):
             found[f.name] = value
     return found
