@@ -4,12 +4,13 @@ from .four_bit import OneStepLoad4Bit, OneStepLoad4BitCLIP
 from .load import OneStepLoadStudent
 from .negative import OneStepNegative
 from .quantize import OneStepQuantize
-from .sample import OneStepSample, OneStepSchedule
+from .sample import OneStepRecipe, OneStepSample, OneStepSchedule
 from .save import OneStepSaveStudent
 
 NODES = [
     OneStepLoadStudent,
     OneStepSample,
+    OneStepRecipe,
     OneStepSchedule,
     OneStepNegative,
     OneStepLoad4Bit,

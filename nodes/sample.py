@@ -1,4 +1,4 @@
-"""Sampling as the file's recipe says: OneStepSample does it, OneStepSchedule hands it to stock sampler nodes."""
+"""Sampling as a recipe says: OneStepSample does it, OneStepRecipe and OneStepSchedule prepare stock samplers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from .recipe import FewStepSampler, recipe, sigmas
+from .families import HIDDEN, family_input, prepare, say, steps_input
+from .recipe import KEY, recipe
 
 CATEGORY = "OneStep"
 
@@ -21,17 +22,35 @@ class OneStepSample(io.ComfyNode):
             node_id="OneStepSample",
             display_name="OneStep Sample",
             category=CATEGORY,
-            description="Makes a latent image in one step: calls a one-step student once, at the timestep it was "
-            "trained for, with noise of the right strength. There is nothing to tune but the seed.",
-            search_aliases=["one step sampler", "1 step", "single step", "turbo", "student", "distilled", "KSampler"],
+            description="Makes a latent image in one step, or the few its model takes: calls a student, or a public "
+            "few-step model, at the timesteps it was trained for, with noise of the right strength. Nothing is to be "
+            "tuned but the seed.",
+            search_aliases=[
+                "one step sampler",
+                "1 step",
+                "single step",
+                "few step",
+                "turbo",
+                "student",
+                "distilled",
+                "KSampler",
+                "lightning",
+                "DMD2",
+                "hyper-sd",
+                "LCM",
+                "TCD",
+                "schnell",
+            ],  # fmt: skip
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A model from OneStep Load Student. LoRA and other patches may follow."
+                    "model",
+                    tooltip="A model from OneStep Load Student, or a public few-step model from any loader, through "
+                    "LoRA and other patches.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="What the image shows, encoded with the CLIP of the same loader. There is no negative "
-                    "prompt: the student learned guidance from its teacher.",
+                    "prompt: such a model learned guidance from its teacher.",
                 ),
                 io.Latent.Input(
                     "latent", tooltip="An empty latent of the size the model was trained for; it sets the batch size."
@@ -44,13 +63,23 @@ class OneStepSample(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Seed of the noise; each seed is another image. The same seed gives KSampler's noise.",
                 ),
+                family_input(),
+                steps_input("one for a OneStep file, what their makers say for others"),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The image as a latent: decode it with the VAE.")],
+            hidden=HIDDEN,
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, seed) -> io.NodeOutput:
-        schedule = sigmas(recipe(model), steps=1)
+    def execute(cls, model, positive, latent, seed, family="auto", steps=0) -> io.NodeOutput:
+        ready = prepare(model, family, steps, cls.hidden, least=True)
+        if ready.recipe.guidance != 1 and model.get_attachment(KEY) is None:
+            raise ValueError(
+                f"{ready.recipe.title} wants guidance (CFG {ready.recipe.guidance:g}), which this node has not. Use "
+                "OneStep Recipe with CFGGuider and SamplerCustomAdvanced."
+            )
+        say(ready.said, cls.hidden)
+        model, schedule = ready.model, ready.sigmas
         image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
         generator = torch.Generator().manual_seed(seed)  # KSampler's numbers, without touching the global generator
         noise = comfy.sample.prepare_noise_inner(image, generator, latent.get("batch_index"))
@@ -63,16 +92,73 @@ class OneStepSample(io.ComfyNode):
         samples = guider.sample(
             noise,
             image,
-            FewStepSampler(),
+            ready.sampler,
             schedule,
             denoise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, steps=1),
+            callback=latent_preview.prepare_callback(model, len(schedule) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
         samples = samples.to(comfy.model_management.intermediate_device())
         kept = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
         return io.NodeOutput(kept | {"samples": samples})
+
+
+class OneStepRecipe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OneStepRecipe",
+            display_name="OneStep Recipe",
+            category=CATEGORY,
+            description="Calls a few-step model the way it was trained: knows the timesteps, the prediction, the noise "
+            "and the sampler of SD-Turbo, SDXL-Lightning, Hyper-SD, DMD2, LCM, TCD, FLUX schnell and others, and of "
+            "OneStep files, and hands them to SamplerCustomAdvanced.",
+            search_aliases=[
+                "few step sampler",
+                "turbo",
+                "lightning",
+                "DMD2",
+                "hyper-sd",
+                "LCM",
+                "LCM LoRA",
+                "TCD",
+                "swiftbrush",
+                "instaflow",
+                "schnell",
+                "sd3.5 turbo",
+                "pixart",
+                "distilled",
+                "ModelSamplingDiscrete",
+                "SDTurboScheduler",
+                "BasicScheduler",
+            ],  # fmt: skip
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A few-step model from any loader, with its LoRA and any other patch before this node.",
+                ),
+                family_input(),
+                steps_input("what the file's name says, or else its makers"),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The same model, knowing what its net puts out. For the guider."
+                ),
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="The family's own sampler, which gives the model noise of the right strength.",
+                ),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels of the timesteps it is called at."),
+            ],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(cls, model, family="auto", steps=0) -> io.NodeOutput:
+        ready = prepare(model, family, steps, cls.hidden)
+        say(ready.said, cls.hidden)
+        return io.NodeOutput(ready.model, ready.sampler, ready.sigmas, ui=ui.PreviewText(ready.said))
 
 
 class OneStepSchedule(io.ComfyNode):
@@ -102,6 +188,6 @@ class OneStepSchedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        meta = recipe(model)
-        sampler = comfy.samplers.sampler_object("euler") if meta.method == "teacher" else FewStepSampler()
-        return io.NodeOutput(sampler, sigmas(meta, meta.steps))
+        recipe(model)  # a file's, or it says what to do
+        ready = prepare(model)
+        return io.NodeOutput(ready.sampler, ready.sigmas)

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": ("Bench", "measure how long a model takes: latency, throughput, part by part"),
     "quantize": ("QuantizeFile", "make a 4-bit file of a model"),
     "info": ("Info", "show what a file says about itself"),
+    "recipes": ("Recipes", "show how public few-step models are called"),
 }
 """Subcommand, which is its module here, -> its options' class and what it does."""
 

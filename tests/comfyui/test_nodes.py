@@ -221,7 +221,8 @@ def test_schemas_help_and_search(server):
     info = server.json("/object_info")
     ours = {k: v for k, v in info.items() if v["python_module"].endswith("onestep-nodes")}
     loaders = {"OneStepLoadStudent", "OneStepLoad4Bit", "OneStepLoad4BitCLIP"}
-    others = {"OneStepSample", "OneStepSchedule", "OneStepNegative", "OneStepQuantize", "OneStepSaveStudent"}
+    sampling = {"OneStepSample", "OneStepRecipe", "OneStepSchedule", "OneStepNegative"}
+    others = sampling | {"OneStepQuantize", "OneStepSaveStudent"}
     assert ours.keys() == loaders | others
     for name, schema in ours.items():
         inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}

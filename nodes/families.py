@@ -1,0 +1,148 @@
+"""Which recipe a MODEL wants: told by the user, by its OneStep file, or by the names of the files it was made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..distill.recipes.recipe import Recipe, find, of_file, recipes
+from .recipe import KEY, FewStepSampler, levels, patched
+
+AUTO = "auto"
+HIDDEN = [io.Hidden.unique_id, io.Hidden.dynprompt]
+ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+
+class Prepared(NamedTuple):
+    """What sampling takes."""
+
+    model: ModelPatcher
+    sampler: FewStepSampler
+    sigmas: torch.Tensor
+    recipe: Recipe
+    said: str
+    """for the user: which recipe, why, and what it asks for"""
+
+
+def family_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "family",
+        options=[AUTO, *recipes()],
+        default=AUTO,
+        optional=True,
+        tooltip="How the model is to be called. auto: as its OneStep file says, or as its file's name or a LoRA's "
+        "on the way tells; the node shows what it took. Otherwise one of the public few-step models.",
+    )
+
+
+def steps_input(default: str) -> io.Int.Input:
+    return io.Int.Input(
+        "steps",
+        default=0,
+        min=0,
+        max=50,
+        optional=True,
+        tooltip=f"How often the model is called. 0: {default}. A number that the model was not made for is refused.",
+    )
+
+
+def prepare(model: ModelPatcher, family: str = AUTO, steps: int = 0, hidden=None, least: bool = False) -> Prepared:
+    """A MODEL and what its recipe makes of it.
+
+    steps: 0 takes the number in the file's name, else the recommended one; least: for a OneStep file, one.
+    hidden: a node's, with its id and the graph. Raises ValueError naming the cure where no recipe is known, where the
+    MODEL is of another architecture, or for a number of steps it does not take.
+    """
+    meta = model.get_attachment(KEY)
+    base = type(model.model.model_config).__name__
+    if family != AUTO:
+        recipe, why = recipes()[family], "chosen"
+        usual = named_steps(recipe, base, hidden)
+        check_base(recipe, base)
+    elif meta is not None:
+        recipe, why = of_file(meta), "what its file says"
+        usual = 1 if least else recipe.steps
+    else:
+        names = files(hidden)
+        found = find(names, base)
+        if found is None:
+            seen = f"The files it comes from are {', '.join(names)}. " if names else ""
+            raise ValueError(
+                f"This MODEL has no OneStep recipe. {seen}Choose its family on the node, load it with OneStep Load "
+                "Student if it is a OneStep file, or sample it with KSampler instead."
+            )
+        recipe, name, usual = found
+        why = f"told by {name}"
+    steps = steps or usual
+    changed = patched(model, recipe)
+    sigmas = levels(recipe, steps, changed.get_model_object("model_sampling"))
+    return Prepared(changed, FewStepSampler.of(recipe), sigmas, recipe, describe(recipe, steps, why))
+
+
+def named_steps(recipe: Recipe, base: str, hidden) -> int:
+    """Of a chosen recipe: the steps that a file's name tells, where the name tells that recipe, too."""
+    found = find(files(hidden), base)
+    return found[2] if found and found[0] == recipe else recipe.steps
+
+
+def check_base(recipe: Recipe, base: str) -> None:
+    """Raise ValueError where ComfyUI found the MODEL to be of another architecture."""
+    others = {kind: r.base.title for r in recipes().values() for kind in r.base.comfyui}
+    if base in others and base not in recipe.base.comfyui:
+        raise ValueError(
+            f"family {recipe.name}: made of {recipe.base.title}, and this MODEL is {others[base]}. Choose another."
+        )
+
+
+def describe(recipe: Recipe, steps: int, why: str) -> str:
+    times = ", ".join(f"{t:.4g}" for t in recipe.timesteps(steps))
+    size = f" Made for {recipe.pixels} x {recipe.pixels} pixels." if recipe.pixels else ""
+    lines = [f"{recipe.title} ({why}): {steps} step{'s' * (steps > 1)} at {times}; CFG {recipe.guidance:g}.{size}"]
+    lines += [f"Negative prompt: {recipe.negative}"] if recipe.negative else []
+    return "\n".join([*lines, recipe.note] if recipe.note else lines)
+
+
+def say(text: str, hidden) -> None:
+    """Show a text on a node (ComfyUI shows what nodes return as text only on those that end a graph)."""
+    if hidden is not None and hidden.unique_id is not None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, hidden.unique_id, PromptServer.instance.client_id)
+
+
+# ------------------------------------------------------------------------------------------------------ the graph
+
+
+def files(hidden) -> list[str]:
+    """Names of the model and LoRA files that a node's MODEL comes through, nearest first."""
+    if hidden is None or hidden.dynprompt is None:
+        return []
+    graph, found, seen, ahead = hidden.dynprompt, [], set(), [hidden.unique_id]
+    while ahead:
+        node = ahead.pop(0)
+        if node in seen or not graph.has_node(node):
+            continue
+        seen.add(node)
+        inputs = graph.get_node(node)["inputs"]
+        if inputs.get("strength_model", 1) != 0:
+            found += [name for value in inputs.values() for name in names(value)]
+        links = {key: value[0] for key, value in inputs.items() if is_link(value)}
+        models = [source for key, source in links.items() if "model" in key.lower() or "lora" in key.lower()]
+        ahead += models or links.values()
+    return list(dict.fromkeys(found))
+
+
+def is_link(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+
+
+def names(value) -> list[str]:
+    """File names in a widget's value, which may be a table with a switch, as LoRA stacks have."""
+    if isinstance(value, str):
+        return [value] if value.lower().endswith(ENDINGS) else []
+    if isinstance(value, dict) and value.get("on", True):
+        return [name for inner in value.values() for name in names(inner)]
+    return []
