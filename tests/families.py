@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import tiny
+import tiny_transformers
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def stable_diffusion(folder: Path) -> None:
@@ -45,4 +50,19 @@ def sdxl(folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-FAMILIES = {"sd1": stable_diffusion, "sd2": stable_diffusion_2, "sdxl": sdxl}
+FAMILIES = {"sd1": stable_diffusion, "sd2": stable_diffusion_2, "sdxl": sdxl} | tiny_transformers.FAMILIES
+SIZE = 64
+"""Pixels of the pictures in these tests. Some families have no smaller models than of 1024."""
+
+
+def ask(pipe: Any, z: Tensor, prompts: list[str], guidance: float = 1.0, **how: Any) -> Tensor:
+    """What a diffusers pipeline of any family makes of noise z (B, C, h, w), with guidance by a second call."""
+    knows = inspect.signature(pipe.__call__).parameters
+    how |= {"height": SIZE, "width": SIZE}
+    if "use_resolution_binning" in knows:
+        how |= {"use_resolution_binning": False, "clean_caption": False}
+    if "true_cfg_scale" not in knows:
+        return pipe(prompts, latents=z, **{"guidance_scale": guidance} | how).images
+    tokens = F.pixel_unshuffle(z, 2).flatten(2).mT  # FLUX's latents
+    out = pipe(prompts, latents=tokens, true_cfg_scale=guidance, negative_prompt="", **how).images
+    return F.pixel_shuffle(out.mT.unflatten(2, (z.shape[2] // 2, -1)), 2) if how["output_type"] == "latent" else out

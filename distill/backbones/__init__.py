@@ -19,6 +19,10 @@ FAMILIES = {
     "stable_diffusion": ("StableDiffusion", ["StableDiffusionPipeline"]),
     "own": ("Own", []),
     "sdxl": ("SDXL", ["StableDiffusionXLPipeline"]),
+    "sd3": ("SD3", ["StableDiffusion3Pipeline"]),
+    "flux": ("Flux", ["FluxPipeline"]),
+    "pixart": ("PixArt", ["PixArtAlphaPipeline", "PixArtSigmaPipeline"]),
+    "sana": ("Sana", ["SanaPipeline"]),
 }
 """Family, as metadata names it (and its module here): its class, and diffusers' pipelines that are of it."""
 

@@ -32,8 +32,8 @@ from . import folder
 class Backbone:
     """The parts of a model as modules, and how its metadata says to call them. Everything is frozen and in eval mode.
 
-    A family answers: encode, call, feature_layers; where the general answer is not its own, also null, shape, noise and
-    lora_targets; where there is such a file, from_file, comfy_weights. The rest is the same for all.
+    A family answers: encode, call, feature_layers; where the general answer is not its own, also feature, null, shape,
+    noise and lora_targets; where there is such a file, from_file, comfy_weights. The rest is the same for all.
     """
 
     main: str
@@ -90,6 +90,10 @@ class Backbone:
     def feature_layers(self, net: nn.Module) -> list[nn.Module]:
         """The layers whose outputs serve as features, such as a discriminator's inputs."""
         raise NotImplementedError
+
+    def feature(self, x: Tensor, out: Any) -> Tensor:
+        """What one of feature_layers put out for x (B, C, h, w), as (B, C', h', w')."""
+        return out[0] if isinstance(out, tuple) else out
 
     @cached_property
     def null(self) -> Cond:
@@ -199,7 +203,7 @@ class Backbone:
         found: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, out: Any) -> None:
-            found.append(out[0] if isinstance(out, tuple) else out)
+            found.append(self.feature(x, out))
 
         handles = [layer.register_forward_hook(keep) for layer in self.feature_layers(net)]
         try:
@@ -296,7 +300,7 @@ class Backbone:
         OneStep file with a graph that opens it in ComfyUI, or, of a family without such files, a diffusers folder.
         Returns where it is, `student_path`."""
         student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
-        student["guidance"] = {**self.meta.guidance, "baked": True}
+        changes["guidance"] = {**self.meta.guidance, "baked": True, **changes.get("guidance", {})}
         path = self.student_path(path)
         if not self.in_comfyui:
             return self.save_folder(path, net, **student | changes)

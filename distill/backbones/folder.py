@@ -33,14 +33,16 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def index(path: Path) -> dict[str, Any]:
-    """A folder's model_index.json. Raises CheckpointError where there is none, or it is none of a pipeline."""
+    """A folder's model_index.json, in which a text encoder that is not there is none. Raises CheckpointError where
+    there is no such file, or it is not a pipeline's."""
     file = path / "model_index.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: no model_index.json in it. Give a diffusers folder, or a OneStep file.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found["_class_name"], str):
-            return found
+            words = [n for n in found if n.startswith(("text_encoder", "tokenizer")) and not (path / n).is_dir()]
+            return found | {name: [None, None] for name in words}
     except (ValueError, TypeError, KeyError):
         pass
     raise CheckpointError(f"{file}: not a pipeline's index. Save it again with save_pretrained.")
@@ -75,7 +77,7 @@ def open_pipeline(path: Path, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     held = index(path)
-    without = dict.fromkeys(name for name in UNUSED if name in held)
+    without = dict.fromkeys(name for name, kind in held.items() if name in UNUSED or kind == [None, None])
     if "safety_checker" in held:
         without["requires_safety_checker"] = False
     try:
@@ -185,15 +187,17 @@ def student_scheduler(meta: Metadata) -> Any:
 
 def how_to_call(meta: Metadata) -> dict[str, Any]:
     """What diffusers' pipeline is to be called with, so that it samples as `distill sample` does."""
-    if not meta.guidance.get("baked"):
-        return {"num_inference_steps": meta.steps, "guidance_scale": meta.guidance["scale"]}
+    baked = meta.guidance.get("baked")
+    scale = meta.guidance.get("embedded", 0.0 if baked else meta.guidance["scale"])
+    if not baked:
+        return {"num_inference_steps": meta.steps, "guidance_scale": scale}
     schedule = from_spec(meta.schedule)
     times = torch.tensor(trailing(meta.steps), dtype=torch.float64) * float(schedule.time(meta.t_in))
     if meta.schedule["kind"] == "flow":  # its scheduler shifts them
-        return {"sigmas": [round(t, 4) for t in times.tolist()], "guidance_scale": 0.0}
+        return {"sigmas": [round(t, 4) for t in times.tolist()], "guidance_scale": scale}
     if meta.steps == 1:
-        return {"num_inference_steps": 1, "guidance_scale": 0.0}
-    return {"timesteps": schedule.index(times).long().tolist(), "guidance_scale": 0.0}
+        return {"num_inference_steps": 1, "guidance_scale": scale}
+    return {"timesteps": schedule.index(times).long().tolist(), "guidance_scale": scale}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
