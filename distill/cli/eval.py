@@ -87,8 +87,8 @@ def opened(o: Eval) -> Backbone:
 
 def in_general(o: Eval) -> dict[str, Any]:
     """Figures of any model on the prompts, and the protocol."""
-    from ..evaluate.extractors import Clip, Inception
-    from ..evaluate.run import Measure, reference
+    from ..evaluation.extractors import Clip, Inception
+    from ..evaluation.run import Measure, reference
     from ..training.prompts import read_prompts
     from .console import bars, pick_device
 

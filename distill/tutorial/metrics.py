@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..evaluate.figures import frechet
+from ..evaluation.figures import frechet
 from . import shapes
 from .figures import all_right, distance_to_clean, entropy, style_spread
 from .judge import Judge, Reading

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from distill.cli import main
-from distill.evaluate.extractors import Inception
-from distill.evaluate.figures import Gaussian, clip_score, diversity, frechet, gaussian, kid
+from distill.evaluation.extractors import Inception
+from distill.evaluation.figures import Gaussian, clip_score, diversity, frechet, gaussian, kid
 
 
 def generator(seed=0):
@@ -179,3 +179,9 @@ def test_what_is_missing_is_told_with_where_to_put_it(nets, capsys, monkeypatch,
     told = capsys.readouterr().err
     assert says in told and told.count("\n") == 1
     assert distill("eval", "--model", "m.safetensors", "--clip", "clip") == 2
+
+
+def test_the_librarys_evaluate_is_the_tutorials_whatever_was_imported_before():
+    import distill
+
+    assert distill.Judge and callable(distill.evaluate)
