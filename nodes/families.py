@@ -101,7 +101,8 @@ def describe(recipe: Recipe, steps: int, why: str) -> str:
     times = ", ".join(f"{t:.4g}" for t in recipe.timesteps(steps))
     size = f" Made for {recipe.pixels} x {recipe.pixels} pixels." if recipe.pixels else ""
     lines = [f"{recipe.title} ({why}): {steps} step{'s' * (steps > 1)} at {times}; CFG {recipe.guidance:g}.{size}"]
-    lines += [f"Negative prompt: {recipe.negative}"] if recipe.negative else []
+    instead = " OneStep Negative subtracts one." if recipe.base.unet and recipe.guidance == 1 else ""
+    lines += [f"Negative prompt: {recipe.negative}{instead}"] if recipe.negative else []
     return "\n".join([*lines, recipe.note] if recipe.note else lines)
 
 

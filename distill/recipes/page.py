@@ -23,10 +23,12 @@ How each public few-step model must be called. This page is written by `distill 
 [`distill/recipes/recipes.toml`](../distill/recipes/recipes.toml), which **OneStep Recipe**, **OneStep Sample** and the
 command line read too; a test keeps it in step.
 
-With all of them **CFG is 1 and the negative prompt is not read**, where the last column says nothing else. A step is
-one formula for all families: predict x0, keep the noise down to a level, add fresh noise up to the next. They differ in
-that level: Euler and DDIM go down all the way and add none; LCM, DMD2 and sCM go down to the clean picture and add it
-all; TCD and Euler ancestral are between.
+With all of them **CFG is 1 and the negative prompt is not read**, where the last column says nothing else; with U-Nets
+**OneStep Negative** subtracts one all the same.
+
+A step is one formula for all families: predict x0, keep the noise down to a level, add fresh noise up to the next. They
+differ in that level: Euler and DDIM go down all the way and add none; LCM, DMD2 and sCM go down to the clean picture
+and add it all; TCD and Euler ancestral are between.
 
 - **x0**: the net puts out x0 itself; all others put out what nets of their base do.
 - **unit** noise has the variance of a noised latent, whatever the first timestep. Stock samplers give that only when

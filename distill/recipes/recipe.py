@@ -32,6 +32,8 @@ class Base:
     """what `schedule.from_spec` takes"""
     factor: int = 8
     """image pixels a latent pixel"""
+    unet: bool = False
+    """whether OneStep Negative can patch it"""
     comfyui: tuple[str, ...] = ()
     """the classes of comfy.supported_models that are this architecture"""
 
