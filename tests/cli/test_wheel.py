@@ -39,6 +39,7 @@ def test_a_wheel_works_from_any_folder(tmp_path):
     distill = [sys.executable, "-m", "distill"]
     assert run(sys.executable, "-c", "import distill; print(distill.__file__)").startswith(str(tmp_path / "site"))
     assert run(*distill, "sample", "a red ring") == "samples.png\n"
+    assert "SDXL-Lightning" in run(*distill, "recipes")
     assert Image.open(place / "samples.png").size == (256, 256)
     said = run(
         sys.executable,
