@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from importlib import import_module
+from io import StringIO
 from typing import Any
 
 from .. import __version__
@@ -44,34 +46,58 @@ def parse(words: Sequence[str]) -> tuple[Callable[[Any], Any], Any]:
     name, *rest = words
     if name not in COMMANDS:
         raise ValueError(f"{name!r} is no command; there are {', '.join(COMMANDS)}")
-    if os.environ.get("NO_COLOR"):  # tyro does not heed it but this, read at its import; before 1.0 rich did heed it
+    if os.environ.get("NO_COLOR"):  # tyro does not heed it but this, read at its import
         os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"
     import tyro
 
     module = import_module(f".{name}", __name__)
     options = getattr(module, COMMANDS[name][0])
-    return module.run, tyro.cli(options, prog=f"distill {name}", args=rest, description=options.__doc__)
+    refused = StringIO()
+    try:
+        with redirect_stderr(refused):
+            found = tyro.cli(options, prog=f"distill {name}", args=rest, description=options.__doc__)
+    except SystemExit as e:
+        if e.code:
+            raise ValueError(unboxed(refused.getvalue())) from None
+        raise
+    sys.stderr.write(refused.getvalue())  # what imports had to say
+    return module.run, found
+
+
+def unboxed(box: str) -> str:
+    """What tyro draws a box around as one line: its first paragraph, and what it offers instead."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # below the title
+    ruled = "\n".join(line if line.strip("─-╰╯") else "" for line in lines).strip("\n")
+    said, _, more = ruled.partition("\n\n")
+    said = " ".join(said.split()).rstrip(".")
+    if meant := re.search(r"Perhaps you meant:\s+(--[\w.-]+)", more):
+        return f"{said}; did you mean {meant[1]}?"
+    there = re.search(r"Available subcommands: (.+)", more)
+    return f"{said}; there are {there[1].strip()}" if there else f"{said}; --help tells what there is"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is: what runs saves and ends."""
+    """SIGTERM, or SIGHUP of a terminal that was closed, handled as Ctrl-C is: what runs saves and ends."""
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
+    raise Terminated(signum)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command. What a user can mend is told in one line, without a traceback.
 
     Returns the exit code: 0; 1 for a run that failed on its way; 2 for arguments, files and data that cannot be; 130
-    for Ctrl-C, 143 for SIGTERM, 141 where nobody reads on. `--help` and what tyro refuses leave by SystemExit. Of the
+    for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 where nobody reads on. `--help` leaves by SystemExit. Of the
     processes that torchrun started only the first prints to stdout.
     """
+    old = {}
     try:
-        old = signal.signal(signal.SIGTERM, _terminate)
+        for end in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+            if signal.getsignal(end) != signal.SIG_IGN:  # nohup has it ignored, and means it
+                old[end] = signal.signal(end, _terminate)
     except ValueError:  # not in the main thread: the program around has its own
-        old = None
+        pass
     try:
         with ExitStack() as quiet:
             if not is_main_process():
@@ -80,8 +106,8 @@ def main(words: Sequence[str] | None = None) -> int:
             run(options)
             sys.stdout.flush()
         return 0
-    except Terminated:
-        return 143
+    except Terminated as e:
+        return 128 + e.args[0]
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `distill info | head`
@@ -95,8 +121,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print("distill: " + " ".join(line.splitlines()), file=sys.stderr)
         return code
     finally:
-        if old is not None:
-            signal.signal(signal.SIGTERM, old)
+        for end, handler in old.items():
+            signal.signal(end, handler)
 
 
 NAMED = FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError

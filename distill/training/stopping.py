@@ -29,11 +29,13 @@ class Stop:
 
 @contextmanager
 def undivided() -> Iterator[Stop]:
-    """Ctrl-C, and SIGTERM where the program handles it, wait until they are let through; a second one does not."""
+    """Ctrl-C, and SIGTERM and SIGHUP where the program handles them, wait until they are let through; a second one does
+    not."""
     if threading.current_thread() is not threading.main_thread():
         yield Stop({})
         return
-    stop = Stop({s: h for s in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(s))})
+    ends = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
+    stop = Stop({s: h for s in ends if callable(h := signal.getsignal(s))})
     for s in stop.handlers:
         signal.signal(s, stop.wait)
     try:

@@ -108,7 +108,7 @@ def test_a_run_that_diverges_keeps_its_last_good_student(place, door):
     assert code == 1 and (not Path("new/student.safetensors").exists() or weights(student("new")).isfinite().all())
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_a_student_and_a_run_to_go_on_with(place, sent, code):
     command = [sys.executable, "-m", "distill", *QUICK, "--out", "run", "--steps", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
