@@ -7,9 +7,8 @@
 of columns with inputs X that error is |X d|^2 = d H d with H = X^T X, so one G x G matrix a group is all it needs.
 
 At 4 bits it tries two grids of equal size: scale and zero for each G numbers, or, as ggml's Q4_0, a scale alone for
-each G / 2, whose sign makes the number of largest size code 0, the -8 of -8..7. Halved groups have the smaller range,
-and 16 codes cover a little more than it where scale and zero cut it into 15 steps; a zero pays where numbers of a
-group are all of one sign, or outputs depend on few of its columns. Which is better differs from layer to layer.
+each G / 2, whose sign makes the number of largest size code 0, the -8 of -8..7. Which of the two has the smaller error
+differs from layer to layer, so both are tried; benchmarks/four_bit_against_q4_0.py measures what that gives.
 """
 
 from __future__ import annotations

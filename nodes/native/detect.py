@@ -26,7 +26,6 @@ def load(
 
     Raises CheckpointError where ComfyUI does not know the model.
     """
-    weights = marked(weights)
     named = pack(weights)
     config, diffusion = recognise(path, diffusion_part(named), metadata)
     model = build(path, config, diffusion, float_dtype(weights), activations)
@@ -58,13 +57,6 @@ def build(path: Path, config, weights: dict[str, Tensor], dtype: torch.dtype, ac
         lines = [line.strip() for line in str(e).splitlines()]
         raise CheckpointError(f"{path}: wrong weights: {lines[1] if len(lines) > 1 else lines[0]} Get it again.") from e
     return Patcher(model, load_device=load_device, offload_device=offload_device)
-
-
-def marked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scaled fp8 of old, which says so once a file, in ComfyUI's words of today, which say so for each layer."""
-    for key in [k for k in weights if k.rpartition(".")[2] == "scaled_fp8"]:
-        weights, _ = comfy.utils.convert_old_quants(dict(weights), key.removesuffix("scaled_fp8"), metadata={})
-    return weights
 
 
 def diffusion_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,7 +91,6 @@ def build_text(
     paths: list[Path], states: list[dict[str, Tensor]], kind: str, embeddings: list[str], activations: str = "auto"
 ) -> comfy.sd.CLIP:
     """State dicts of one text encoder or more -> CLIP; kind: what ComfyUI's CLIPLoader calls type."""
-    states = [marked(state) for state in states]
     for path, state in zip(paths, states, strict=True):
         if "transformer.resblocks.0.ln_1.weight" not in state and comfy.sd.detect_te_model(pack(state)) is None:
             raise CheckpointError(f"{path}: not a text encoder that ComfyUI knows. Choose another file.")

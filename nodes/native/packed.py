@@ -8,12 +8,13 @@ joining along the output rows keeps it packed; any other arithmetic gives the de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ...distill.packed.rows import stack, take
 from ...distill.packed.weight import FORMATS, MARK, SUFFIXES, QuantizedWeight, layers, read_mark
 
 aten = torch.ops.aten
@@ -109,13 +110,13 @@ def _rows(p: Packed, start: int, end: int) -> Packed | None:
         return _same(p)
     if not isinstance(p.held, QuantizedWeight):
         return None
-    return Packed(cut(p.held, start, end), p.dtype, p.device)
+    return Packed(take(p.held, slice(start, end)), p.dtype, p.device)
 
 
 def _cat(parts: list, dim: int = 0) -> Packed | None:
-    if dim % parts[0].ndim or not all(isinstance(p, Packed) for p in parts):
+    if dim % parts[0].ndim or not all(isinstance(p, Packed) and isinstance(p.held, QuantizedWeight) for p in parts):
         return None
-    held = join([p.held for p in parts])
+    held = stack([p.held for p in parts])
     return held and Packed(held, parts[0].dtype, parts[0].device)
 
 
@@ -129,36 +130,6 @@ KEEP = {
     aten.split_with_sizes.default: _split,
     aten.cat.default: _cat,
 }
-
-
-def cut(w: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
-    """Output rows start..end, still packed."""
-    rows = {f: t[start:end] for f, t in w.fields().items() if f in ("codes", "up")}
-    columns = {f: t[:, start:end] for f, t in w.fields().items() if f in ("scale", "zero")}
-    return replace(w, shape=(end - start, *w.shape[1:]), **rows, **columns)
-
-
-def _kind(w: QuantizedWeight) -> tuple:
-    return (w.bits, w.flat, w.group_size, w.shape[1:], w.int8_activations, sorted(w.fields()))
-
-
-def join(parts: list) -> QuantizedWeight | None:
-    """Layers with the same input, stacked along their output rows; None where their formats do not go together."""
-    first = parts[0]
-    if not all(isinstance(w, QuantizedWeight) for w in parts):
-        return None
-    for w in parts:
-        if _kind(w) != _kind(first):
-            return None
-        for shared in (f for f in ("pre_quant_scale", "codebook") if f in w.fields()):
-            if not torch.equal(getattr(w, shared), getattr(first, shared)):
-                return None
-    joined = {"codes": torch.cat([w.codes for w in parts])}
-    joined |= {f: torch.cat([getattr(w, f) for w in parts], 1) for f in ("scale", "zero") if f in first.fields()}
-    if first.up is not None:  # each branch sees the input and writes its own rows
-        joined["up"] = torch.block_diag(*(w.up for w in parts))
-        joined["down"] = torch.cat([w.down for w in parts])
-    return replace(first, shape=(sum(w.shape[0] for w in parts), *first.shape[1:]), **joined)
 
 
 # ------------------------------------------------------------------------------------------------ state dicts

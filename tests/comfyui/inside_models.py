@@ -10,7 +10,21 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from inside_helpers import CPU, FOLDER, TOLERANCE, detect, error, lowrank, packed, quantized, rand, rounding, weight
+from inside_helpers import (
+    CPU,
+    FOLDER,
+    TOLERANCE,
+    detect,
+    error,
+    four_bit,
+    lowrank,
+    packed,
+    quantized,
+    rand,
+    rounding,
+    weight,
+)
+from safetensors.torch import save_file
 
 
 def check_what_comfyuis_own_loaders_make_of_a_onestep_file():
@@ -203,7 +217,8 @@ def check_scaled_fp8_of_old():
             file[f"model.diffusion_model.{layer}.scale_weight"] = w.abs().max() / 448
             w = (w / w.abs().max() * 448).to(torch.float8_e4m3fn)
         file[key] = w
-    model = model_of(file)
+    save_file(file, FOLDER / "fp8.safetensors")
+    model = four_bit.load_file(FOLDER / "fp8.safetensors", [], "float")[0]
     exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
     assert 1e-4 < error(velocity(model, inputs), velocity(exact, inputs)) < 0.1
     assert model.model_size() < 0.5 * exact.model_size()

@@ -11,13 +11,14 @@ warp of its CUDA kernels reads them; the orders undone here are those that deepc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...header import CheckpointError
+from ..rows import stack, take
 from ..weight import QuantizedWeight, pack_nibbles
 
 GELU_SHIFT = 0.171875
@@ -31,7 +32,7 @@ FIELDS = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class Unpacked:
     """One layer as the contract holds it, and its bias."""
 
     weight: QuantizedWeight
@@ -43,7 +44,7 @@ class Layer:
         return tensors if self.bias is None else tensors | {f"{prefix}.bias": self.bias}
 
 
-def layer(path: Path, name: str, parts: dict[str, Tensor], after_gelu: bool = False) -> Layer:
+def layer(path: Path, name: str, parts: dict[str, Tensor], after_gelu: bool = False) -> Unpacked:
     """One layer from its tensors (FIELDS' names). Raises CheckpointError naming file and layer."""
     if parts["qweight"].dtype == torch.int32:
         return _modulation(path, name, parts)
@@ -74,7 +75,7 @@ def layer(path: Path, name: str, parts: dict[str, Tensor], after_gelu: bool = Fa
     if after_gelu:
         shift = torch.full((k,), GELU_SHIFT) if smooth is None else GELU_SHIFT / smooth
         bias = (torch.zeros(n) if bias is None else bias.float()) + weight.matrix() @ shift
-    return Layer(weight, bias)
+    return Unpacked(weight, bias)
 
 
 def codes(q: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def _branch(path: Path, name: str, parts: dict[str, Tensor], smooth: Tensor | No
     return {"down": d if smooth is None else d * smooth, "up": factor(up, down=False).float()}
 
 
-def _modulation(path: Path, name: str, parts: dict[str, Tensor]) -> Layer:
+def _modulation(path: Path, name: str, parts: dict[str, Tensor]) -> Unpacked:
     """W4A16: qweight (N/4, K/2) int32, W = code * wscales + wzeros."""
     q, scale, zero, bias = parts["qweight"], parts.get("wscales"), parts.get("wzeros"), parts.get("bias")
     _need(path, name, q.ndim == 2 and q.numel() > 0 and q.shape[1] % 32 == 0, f"qweight is {tuple(q.shape)}")
@@ -142,7 +143,7 @@ def _modulation(path: Path, name: str, parts: dict[str, Tensor]) -> Layer:
         for part in {1, splits - 2}:  # shift, scale, gate (, shift, scale, gate)
             bias[part] -= 1
         bias = bias.flatten()
-    return Layer(take_rows(weight, rows), bias)
+    return Unpacked(take(weight, rows), bias)
 
 
 def modulation_codes(q: Tensor) -> Tensor:
@@ -156,39 +157,19 @@ def modulation_codes(q: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- layers of layers
 
 
-def take_rows(w: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
-    """The outputs `rows` of a matrix."""
-    return replace(
-        w,
-        codes=w.codes[rows],
-        scale=w.scale[:, rows].contiguous(),
-        zero=None if w.zero is None else w.zero[:, rows].contiguous(),
-        up=None if w.up is None else w.up[rows],
-        shape=(len(rows), w.shape[1]),
-    )
-
-
-def split_rows(layer: Layer, parts: int) -> list[Layer]:
+def split_rows(layer: Unpacked, parts: int) -> list[Unpacked]:
     """A fused q, k, v -> its parts, all with the one branch's D."""
     pieces = torch.arange(layer.weight.shape[0]).chunk(parts)
-    return [Layer(take_rows(layer.weight, p), None if layer.bias is None else layer.bias[p]) for p in pieces]
+    return [Unpacked(take(layer.weight, p), None if layer.bias is None else layer.bias[p]) for p in pieces]
 
 
-def stack_rows(a: Layer, b: Layer) -> Layer:
-    """Two layers of one input -> one of both outputs. They must be smoothed alike."""
-    w, v = a.weight, b.weight
-    weight = QuantizedWeight(
-        torch.cat([w.codes, v.codes]),
-        torch.cat([w.scale, v.scale], 1),
-        None,
-        (w.shape[0] + v.shape[0], w.shape[1]),
-        pre_quant_scale=w.pre_quant_scale,
-        **({} if w.up is None else {"down": torch.cat([w.down, v.down]), "up": torch.block_diag(w.up, v.up)}),
-    )
-    return Layer(weight, None if a.bias is None else torch.cat([a.bias.float(), b.bias.float()]))
+def stack_rows(a: Unpacked, b: Unpacked) -> Unpacked | None:
+    """Two layers of one input -> one of both outputs; None where they are not smoothed alike."""
+    weight = stack([a.weight, b.weight])
+    return weight and Unpacked(weight, None if a.bias is None else torch.cat([a.bias.float(), b.bias.float()]))
 
 
-def stack_columns(a: Layer, b: Layer) -> Layer:
+def stack_columns(a: Unpacked, b: Unpacked) -> Unpacked:
     """Two layers whose outputs are added -> one of both inputs."""
     w, v = a.weight, b.weight
     ones = [torch.ones(m.shape[1]) if m.pre_quant_scale is None else m.pre_quant_scale for m in (w, v)]
@@ -201,7 +182,7 @@ def stack_columns(a: Layer, b: Layer) -> Layer:
         pre_quant_scale=torch.cat(ones) if smoothed else None,
         **({} if w.up is None else {"down": torch.block_diag(w.down, v.down), "up": torch.cat([w.up, v.up], 1)}),
     )
-    return Layer(weight, None if a.bias is None else a.bias.float() + b.bias.float())
+    return Unpacked(weight, None if a.bias is None else a.bias.float() + b.bias.float())
 
 
 def _need(path: Path, name: str, ok: bool, problem: str) -> None:

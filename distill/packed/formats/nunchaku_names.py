@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...header import CheckpointError
 from ...layouts import unet_to_ldm
-from .nunchaku import FIELDS, Layer, layer, split_rows, stack_columns, stack_rows
+from .nunchaku import FIELDS, Unpacked, layer, split_rows, stack_columns, stack_rows
 
 DOUBLE = {
     **{"qkv_proj": "img_attn.qkv", "attn.to_qkv": "img_attn.qkv"},
@@ -97,7 +97,7 @@ def _family(path: Path, weights: Mapping[str, Tensor]) -> str:
     )
 
 
-def _flux(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def _flux(path: Path, unpacked: dict[str, Unpacked], dense: dict[str, Tensor]) -> dict[str, Tensor]:
     out, halves = {}, {}
     for name, value in unpacked.items():
         key = _flux_name(name)
@@ -108,9 +108,7 @@ def _flux(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> d
     for key, a in halves.items():
         if key.endswith(".a"):
             whole = key[:-2]
-            b = halves.get(f"{whole}.b")
-            _fits(path, whole, a, b)
-            out |= (stack_rows(a, b) if whole.endswith("1") else stack_columns(a, b)).entries(whole)
+            out |= _joined(path, whole, a, halves.get(f"{whole}.b")).entries(whole)
     if len(halves) % 2 or any(f"{k[:-1]}a" not in halves for k in halves):
         raise CheckpointError(f"{path}: a single block has half of its layers. Download the file again.")
     for name, value in dense.items():
@@ -121,21 +119,18 @@ def _flux(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> d
     return out
 
 
-def _fits(path: Path, name: str, a: Layer, b: Layer | None) -> None:
-    """Whether two layers may be joined; the product of smoothing is the same where their input is."""
-    ok = b is not None and (a.bias is None) == (b.bias is None) and (a.weight.up is None) == (b.weight.up is None)
-    if ok and name.endswith("1"):
-        one, two = a.weight.pre_quant_scale, b.weight.pre_quant_scale
-        ok = a.weight.shape[1] == b.weight.shape[1] and (
-            (one is None) == (two is None) and (one is None or torch.equal(one, two))
-        )
-    elif ok:
-        ok = a.weight.shape[0] == b.weight.shape[0]
-    if not ok or a.weight.scale.dtype != b.weight.scale.dtype:
-        raise CheckpointError(
-            f"{path}: the two halves of {name} do not fit each other (shapes, smoothing or missing tensors), and "
-            "ComfyUI's Flux needs them joined. Get another version of the file."
-        )
+def _joined(path: Path, name: str, a: Unpacked, b: Unpacked | None) -> Unpacked:
+    """Two layers of one input (linear1) or whose outputs are added (linear2) as one."""
+    alike = b is not None and (a.bias is None, a.weight.up is None) == (b.bias is None, b.weight.up is None)
+    if alike and a.weight.scale.dtype == b.weight.scale.dtype:
+        if name.endswith("2") and a.weight.shape[0] == b.weight.shape[0]:
+            return stack_columns(a, b)
+        if name.endswith("1") and (whole := stack_rows(a, b)) is not None:
+            return whole
+    raise CheckpointError(
+        f"{path}: the two halves of {name} do not fit each other (shapes, smoothing or missing tensors), and "
+        "ComfyUI's Flux needs them joined. Get another version of the file."
+    )
 
 
 def _flux_name(name: str) -> str:
@@ -146,7 +141,7 @@ def _flux_name(name: str) -> str:
     return REST[name]
 
 
-def _qwen(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def _qwen(path: Path, unpacked: dict[str, Unpacked], dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """ComfyUI's names are diffusers'; q, k, v come apart."""
     out = dict(dense)
     for name, value in unpacked.items():
@@ -160,7 +155,7 @@ def _qwen(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> d
     return out
 
 
-def _sdxl(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def _sdxl(path: Path, unpacked: dict[str, Unpacked], dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """As Qwen-Image's, and from diffusers' names to those of the single file (without its prefix)."""
     return unet_to_ldm(_qwen(path, unpacked, dense), SDXL)
 
@@ -177,7 +172,7 @@ Z_IMAGE = (
 """diffusers -> ComfyUI"""
 
 
-def _z_image(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def _z_image(path: Path, unpacked: dict[str, Unpacked], dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """nunchaku joins the gated MLP's w3 and w1, in this order; where it left blocks dense, their q, k, v are apart."""
 
     def renamed(key: str) -> str:
@@ -188,7 +183,7 @@ def _z_image(path: Path, unpacked: dict[str, Layer], dense: dict[str, Tensor]) -
     out, gated, attention = {}, ".feed_forward.net.0.proj", re.compile(r"(.+\.attention\.)to_[qkv]\.(\w+)")
     for name, value in unpacked.items():
         if value.bias is not None and not value.bias.any():  # the model has none there
-            value = Layer(value.weight, None)
+            value = Unpacked(value.weight, None)
         if name.endswith(gated):
             stem = name.removesuffix("net.0.proj")
             for part, piece in zip(("w3", "w1"), split_rows(value, 2)):
