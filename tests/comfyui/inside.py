@@ -17,16 +17,19 @@ import inside_lora
 import inside_memory
 import inside_models
 import inside_negative
+import inside_train
 
 OUT = Path(ARGUMENTS[0])
-MODULES = (inside_lora, inside_memory, inside_models, inside_negative)
+MODULES = (inside_lora, inside_memory, inside_models, inside_negative, inside_train)
 ONLY = ARGUMENTS[2] if len(ARGUMENTS) > 2 else ""
 
 
 def main() -> None:
     results = {}
     for name, function in [
-        item for m in (inside_lora, inside_memory, inside_models, inside_negative) for item in vars(m).items()
+        item
+        for m in (inside_lora, inside_memory, inside_models, inside_negative, inside_train)
+        for item in vars(m).items()
     ]:
         if name.startswith("check_") and ONLY in name:
             start = time.time()

@@ -223,6 +223,7 @@ def test_schemas_help_and_search(server):
     loaders = {"OneStepLoadStudent", "OneStepLoad4Bit", "OneStepLoad4BitCLIP"}
     sampling = {"OneStepSample", "OneStepRecipe", "OneStepSchedule", "OneStepNegative"}
     others = sampling | {"OneStepQuantize", "OneStepSaveStudent"}
+    others |= {"OneStepTrainStudent", "OneStepCompare", "OneStepBenchmark"}
     assert ours.keys() == loaders | others
     for name, schema in ours.items():
         inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}

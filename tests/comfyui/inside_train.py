@@ -1,0 +1,104 @@
+"""Checks of inside.py: OneStepTrainStudent, as ComfyUI calls it: in inference mode, with Cancel, without packages."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+import torch
+from inside_helpers import error, image, native
+from inside_setup import imported
+
+train = imported("nodes.train")
+
+
+class Bar:
+    """In place of ComfyUI's."""
+
+    def __init__(self, total: int):
+        self.seen = []
+        Bar.last = self
+
+    def update_absolute(self, value: int, total=None, preview=None) -> None:
+        self.seen.append((value, preview))
+
+
+def run(name: str, minutes: float = 0.12, **changes) -> tuple:
+    """The node's outputs, with models and temporary files in a folder of its own (deleted at exit)."""
+    folder = tempfile.TemporaryDirectory()
+    run.folders.append(folder)
+    folder_paths.folder_names_and_paths["diffusion_models"] = ([f"{folder.name}/diffusion_models"], {".safetensors"})
+    folder_paths.set_temp_directory(folder.name)
+    (Path(folder.name) / "temp").mkdir()
+    bar, comfy.utils.ProgressBar = comfy.utils.ProgressBar, Bar
+    given = {"teacher": "bundled: teacher", "folder": "", "prompts": "", "batch_size": 2} | changes
+    try:
+        with torch.inference_mode():
+            return train.OneStepTrainStudent.execute(minutes=minutes, name=name, training_seed=0, **given).args
+    finally:
+        comfy.utils.ProgressBar = bar
+
+
+run.folders = []
+
+
+def check_a_student_is_trained_in_the_graph_and_usable_at_once():
+    model, clip, vae, said = run("mine")
+    values, previews = zip(*Bar.last.seen)
+    assert list(values) == sorted(values) and values[-1] >= 990, values
+    shown = [p for p in previews if p is not None]
+    assert shown and shown[-1][1].size[0] >= 256
+    latent = image(model, clip)
+    assert latent.isfinite().all() and vae.decode(latent).shape[-1] == 3 and said.startswith("mine.safetensors: ")
+    file = Path(folder_paths.get_folder_paths("diffusion_models")[0]) / "mine.safetensors"
+    again, clip, _ = native.load(file, [])
+    assert error(image(again, clip), latent) < 1e-6
+    assert train.target("mine").name == "mine-2.safetensors"
+
+
+def check_cancel_leaves_a_usable_student():
+    show, seen = train.Page.show, []
+
+    def cancelled(self, step):
+        seen.append(step.step)
+        if len(seen) == 2:
+            mm.interrupt_current_processing()
+        show(self, step)
+
+    train.Page.show = cancelled
+    try:
+        run("stopped", minutes=5)
+    except mm.InterruptProcessingException:
+        pass
+    else:
+        raise AssertionError("it went on")
+    finally:
+        train.Page.show = show
+        mm.interrupt_current_processing(False)
+    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    model, clip, _ = native.load(folder / "stopped.safetensors", [])
+    assert image(model, clip).isfinite().all()
+    left = [p.name for p in Path(folder_paths.get_temp_directory()).rglob("onestep-train-*")]
+    assert seen == [1, 2] and not left, (seen, left)
+
+
+def check_what_is_missing_is_one_line():
+    held, sys.modules["accelerate"] = sys.modules.get("accelerate"), None
+    try:
+        run("nothing")
+    except ValueError as e:
+        assert "needs accelerate, which ComfyUI does not bring: pip install" in str(e), e
+    else:
+        raise AssertionError("it trained without accelerate")
+    finally:
+        sys.modules.pop("accelerate")
+        if held is not None:
+            sys.modules["accelerate"] = held
+    try:
+        train.target("../../out")
+    except ValueError as e:
+        assert "leads out of" in str(e)
+    else:
+        raise AssertionError("a name led out of the folder")

@@ -1,0 +1,57 @@
+"""OneStepCompare and OneStepBenchmark, through ComfyUI's API."""
+
+import json
+
+import numpy as np
+from graphs import load
+from server import node
+
+
+def compared(prompts: str = "a red ring\na blue star", **models) -> dict:
+    inputs = {"clip": ["load", 1], "vae": ["load", 2], "latent": ["empty", 0], "prompts": prompts, "seed": 3}
+    return load("student.safetensors") | {
+        "compare": node("OneStepCompare", names="first\nsecond", **inputs, **models),
+        "picture": node("PreviewImage", images=["compare", 0]),
+    }
+
+
+def test_compare_draws_a_column_for_each_model_from_the_same_noise(client):
+    graph = compared(model_1=["load", 0], model_2=["again", 0], model_4=["other", 0])
+    graph |= {"again": node("TestReloaded", model=["load", 0])}
+    graph |= {"other": node("OneStepLoadStudent", file="teacher.safetensors")}
+    run = client.run(graph)
+    assert not run.errors, run.errors
+    lines = run.outputs["compare"]["text"][0].splitlines()
+    assert [line.split(":")[0] for line in lines] == ["first", "second", "teacher"]
+    assert "1 step, " in lines[0] and "5 steps, CFG 2, " in lines[2]
+    assert all("n = 2" in line and " ms (" in line and "MiB, file " in line for line in lines), lines
+    pixels = np.asarray(client.image(run.outputs["picture"]["images"][0]).convert("RGB")).astype(int)
+    step = (pixels.shape[1] - 170) // 3  # 170 pixels for the prompts, then columns of one width
+    columns = [pixels[40:300, 170 + step * i : 170 + step * (i + 1)] for i in range(3)]
+    assert (columns[0] == columns[1]).all() and columns[0].std() > 10
+    assert np.abs(columns[0] - columns[2]).max() > 10
+    assert [e for e in run.events if e == ("progress", "compare")]
+
+
+def test_compare_names_what_is_wrong(client):
+    stranger = {"strange": node("TestStranger", model=["load", 0])}
+    assert "no OneStep recipe" in client.run(compared(model_1=["strange", 0]) | stranger).errors["compare"]
+    assert "prompts is empty" in client.run(compared("\n", model_1=["load", 0])).errors["compare"]
+
+
+def test_benchmark_gives_table_plot_and_json(client):
+    inputs = {"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2], "latent": ["empty", 0], "seed": 1}
+    counts = {"queries": 4, "batches": 2, "warmup": 1, "prompts": "a red ring"}
+    graph = load("student.safetensors") | {
+        "bench": node("OneStepBenchmark", **inputs, **counts),
+        "plot": node("PreviewImage", images=["bench", 1]),
+        "json": node("PreviewAny", source=["bench", 2]),
+    }
+    run = client.run(graph)
+    assert not run.errors, run.errors
+    table = run.outputs["bench"]["text"][0]
+    assert all(f"| {part} " in table for part in ("text encoder", "network", "VAE", "whole picture"))
+    data = json.loads(run.outputs["json"]["text"][0])
+    assert data["model"] == "student" and data["batch"] == 2 and data["about"]["pixels"] == "64x64"
+    assert data["latency"]["network"]["n"] == 4 and data["throughput"]["VAE"]["n"] == 2
+    assert client.image(run.outputs["plot"]["images"][0]).width >= 600
