@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one. Raises ValueError for a device that this machine does not have."""
+    """ "auto" takes a GPU where there is one, each of several processes its own. Raises ValueError for
+    a device that this machine does not have."""
     import torch
 
+    own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
     there = ["cpu"]
     if torch.cuda.is_available():
         there.insert(0, "cuda")
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
     if name == "auto":
-        return torch.device(there[0])
+        name = there[0]
+    if name == "cuda":
+        name += own
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" can be made, but not read
@@ -36,13 +40,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_teacher(name: str, device: str) -> Backbone:
+def open_teacher(name: str, device: str, dtype: str = "float32") -> Backbone:
     """A bundled teacher, a file or a folder. Raises CheckpointError, and ValueError for a student, which is no model of
     all noise levels."""
+    import torch
+
     from ..backbones import load
     from ..tutorial.bundled import find
 
-    teacher = load(find(name), pick_device(device))
+    teacher = load(find(name), pick_device(device), getattr(torch, dtype))
     made = teacher.meta.method
     need(made == "teacher", "teacher", teacher.name, f"a student, made by {made}; give what it was made of")
     return teacher

@@ -24,8 +24,8 @@ class Sample:
     """Default: what the file recommends."""
     guidance: float | None = None
     """A teacher's guidance; a student has it in its weights. Default: what the file recommends."""
-    scale: int = 4
-    """Enlarge by this, pixel by pixel; 1 to 64."""
+    scale: int | None = None
+    """Enlarge by this, pixel by pixel; 1 to 64. Default: small pictures to 256 pixels."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
@@ -58,7 +58,8 @@ def run(o: Sample) -> None:
     sheet = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):
         sheet.paste(image, (i * width, 0))
-    sheet = sheet.resize((sheet.width * o.scale, sheet.height * o.scale), Image.Resampling.NEAREST)
+    scale = o.scale or max(1, 256 // width)
+    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_beside(o.out, lambda temporary: sheet.save(temporary, kind))
     print(o.out)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
@@ -48,6 +48,8 @@ class Run:
     """The timestep the student is called at, as the net counts them. Default: the teacher's noisiest. DMD2: 399."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+    frozen: Literal["float32", "bfloat16"] = "float32"
+    """How weights that are not trained are held; those that are trained are in float32 always."""
     aside: str | None = None
     """The device of text encoders and VAE, which are not trained; cpu leaves a GPU to the nets. Default: `device`."""
     resume: bool = False
@@ -134,7 +136,7 @@ def opened(o: Run, prompted: bool) -> tuple[Backbone, Denoiser | None, nn.Module
     from ..tutorial.prompts import speaks
     from .console import open_teacher, pick_device
 
-    teacher = open_teacher(o.teacher, o.aside or o.device)
+    teacher = open_teacher(o.teacher, o.aside or o.device, o.frozen)
     teacher.time(o.t_in)
     if not prompted and not speaks(teacher):
         raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")

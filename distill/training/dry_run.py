@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbones.base import Backbone
 from ..methods.base import Batches, Method
 from .cache import leaves
-from .loop import seeded, train
+from .loop import prepare, seeded, train
 from .meter import Meter, capacity
 from .options import TrainOptions
 
@@ -53,6 +53,7 @@ class DryRun:
     @cached_property
     def parts(self) -> dict[str, tuple[int, int]]:
         """What stays on the device, by name: (parameters, bytes)."""
+        prepare(self.method, self.options)
         weights, kind = Weights(), self.device.type
         found = {"teacher": weights.add(self.teacher.net)}
         found |= {name: weights.add(net.module) for name, net in self.method.nets.items()}

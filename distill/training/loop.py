@@ -129,8 +129,10 @@ def _due(run: Run, every: int | None) -> bool:
 
 
 def prepare(method: Method, options: TrainOptions) -> None:
-    """Make the nets compute as the options say. Raises ValueError for a net that cannot."""
+    """Nets compute as the options say, and what is trained is float32. Raises ValueError for a net that cannot."""
     for name, net in method.nets.items():
+        for p in net.parameters():
+            p.data = p.data.float()
         inside = [m for m in net.module.modules() if hasattr(m, "enable_gradient_checkpointing")]
         if options.gradient_checkpointing:
             need(bool(inside), "gradient_checkpointing", True, f"the {name} is no net of diffusers and has none")

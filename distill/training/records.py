@@ -63,14 +63,14 @@ class Table(Recorder):
 
 
 class Sheets(Recorder):
-    """sheets/00000100.png."""
+    """sheets/000100.png."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def sheet(self, step: int, picture: Image) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_beside(self.folder / f"{step:08d}.png", lambda temporary: picture.save(temporary, "PNG"))
+        write_beside(self.folder / f"{step:06d}.png", lambda temporary: picture.save(temporary, "PNG"))
 
 
 class TensorBoard(Recorder):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -33,3 +34,9 @@ def test_a_teacher_takes_steps_and_guidance(place, door):
         assert door("sample", "a red ring", "--model", "foreign.safetensors", *how, "--out", "x.bmp")[0] == 0
         pictures.append(Path("x.bmp").read_bytes())
     assert len(set(pictures)) == 3
+
+
+def test_small_pictures_are_enlarged_and_large_ones_are_not(place, door):
+    tiny.write("large.safetensors", unet={"sample_size": 40})
+    for model, side in (("foreign.safetensors", 256), ("large.safetensors", 320)):
+        assert door("sample", "a red ring", "--model", model)[0] == 0 and Image.open("samples.png").size == (side, side)

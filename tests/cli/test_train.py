@@ -15,6 +15,7 @@ import torch
 
 from distill.backbones import load
 from distill.backbones.base import weaker
+from distill.cli.console import pick_device
 from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError
@@ -196,3 +197,16 @@ def test_a_stop_before_the_first_step_of_a_resumed_run_names_the_student(place, 
     monkeypatch.setattr("distill.training.students.train", stopped)
     code, out, _ = door(*QUICK, "--out", "run", "--resume")
     assert code == 130 and "run/student.safetensors is the student so far" in out
+
+
+def test_every_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.zeros", lambda *a, device: torch.ones(1))
+    assert str(pick_device("auto")) == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:1",
+        "cpu",
+    ]

@@ -124,3 +124,16 @@ def test_prompts_and_pictures_are_encoded_once(tmp_path, model, monkeypatch):
     assert torch.equal(again["x0"], pictures["x0"]) and again["x0"].shape == model.shape(4)
     for name, v in fresh["cond"].items():
         torch.testing.assert_close(mapped["cond"][name], v)
+
+
+def test_the_net_may_be_elsewhere_than_text_encoders_and_autoencoder(tmp_path):
+    """The meta device stands for a GPU: what is encoded comes there, what is decoded comes from there."""
+    model = load(tiny.write(tmp_path / "m.safetensors"))
+    expected, null = model.encode(["a red ring"])["class_labels"], model.null
+    model.move_net("meta")
+    assert model.device.type == "meta" and next(model.net.parameters()).device.type == "meta"
+    assert model.encode(["a red ring"])["class_labels"].device.type == "meta" and model.device.type == "meta"
+    aside = {p.device.type for name in ("text_encoder", "vae") for p in model.parts[name].parameters()}
+    assert aside == {"cpu"} and expected.shape == model.encode([""])["class_labels"].shape
+    assert null["class_labels"].device.type == "cpu"
+    assert model.to_latents(torch.zeros(1, 3, 64, 64)).device.type == "meta"

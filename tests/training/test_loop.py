@@ -3,6 +3,7 @@
 import copy
 import csv
 import itertools
+import math
 import sys
 from dataclasses import replace
 
@@ -15,7 +16,9 @@ from distill.backbones import load
 from distill.denoiser import guided
 from distill.methods.pairs import build_pairs
 from distill.methods.sds import SDSOptions
+from distill.methods.vsd import VSDOptions
 from distill.sample import one_step, solve
+from distill.student import StudentOptions
 from distill.toy import Mixture, ring
 from distill.training import store
 from distill.training.batches import prompt_batches
@@ -215,6 +218,28 @@ def test_checkpointed_activations_change_no_gradient_and_hold_less(tmp_path):
     assert weighed[1] < 0.5 * weighed[0]
     with pytest.raises(ValueError, match="gradient_checkpointing is True: the student is no net of diffusers"):
         next(train(build("copy"), batches, replace(TINY, gradient_checkpointing=True)))
+
+
+def test_frozen_weights_may_be_halves_and_what_is_trained_never_is(tmp_path):
+    teacher = load(tiny.stable_diffusion(tmp_path), dtype=torch.bfloat16)
+    prompts = prompt_batches(teacher, ["a red ring"], 2)
+    options = VSDOptions(rank=2, guidance=2.0)
+    for form in ("full", "lora"):
+        *_, last = train_student(
+            teacher, options, prompts, TrainOptions(steps=2, max_spread=1e3, precision="bf16"),
+            student=StudentOptions(student=form, student_rank=2),
+        )  # fmt: skip
+        kinds = [p.dtype for p in last.student.parameters() if p.requires_grad]
+        assert set(kinds) == {torch.float32} and math.isfinite(last.logs["student_loss"])
+        halves = [p.dtype is torch.bfloat16 for p in last.student.parameters()]
+        assert any(halves) == (form == "lora")
+        assert {p.dtype for p in teacher.net.parameters()} == {torch.bfloat16}
+
+
+def test_an_average_on_the_cpu_is_the_same_average():
+    plain, there = (run("copy", options=replace(TINY, ema_on_cpu=on)) for on in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.ema.parameters(), there.ema.parameters()))
+    assert {p.device.type for p in there.ema.parameters()} == {"cpu"}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from small_runs import contents
 
@@ -77,3 +78,19 @@ def test_sigterm_ends_all_processes_after_the_same_step_and_saves(tmp_path):
     process.communicate(timeout=120)
     told = int((tmp_path / "steps").read_text())
     assert told <= contents(tmp_path)[1]["step"] <= told + 1
+
+
+def test_the_command_line_in_two_processes_is_one_run(tmp_path):
+    """Prompts are encoded by both, each its shards; one of them prints and saves."""
+    tiny.write(tmp_path / "t.safetensors", method="teacher", steps=2, guidance={"scale": 2.0, "baked": False})
+    (tmp_path / "prompts.txt").write_text("a red ring\na small blue square\n" * 150)
+    words = ["--out", "run", "--teacher", "t.safetensors", "--prompts", "prompts.txt", "--device", "cpu"]
+    words += ["--steps", "2", "--batch-size", "2", "--max-spread", "1e3"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distill", "train", "sds"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    how = {"capture_output": True, "text": True, "cwd": tmp_path, "env": env, "timeout": 600}
+    done = subprocess.run([sys.executable, *launch, *words], **how)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run/student.safetensors") == 1
+    shards = [p.name for p in (tmp_path / "run" / "cache").rglob("*.safetensors")]
+    assert sorted(shards) == ["000000.safetensors", "000001.safetensors"]

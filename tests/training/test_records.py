@@ -28,8 +28,8 @@ def test_sheets_come_at_their_steps_and_show_the_average(tmp_path):
         return Image.new("RGB", (16, 8), (len(shown), 0, 0))
 
     last = run(tmp_path, sheet, sheet_every=5)
-    assert sorted(p.name for p in (tmp_path / "sheets").iterdir()) == [f"{n:08d}.png" for n in (5, 10, 12)]
-    assert Image.open(tmp_path / "sheets" / "00000010.png").getpixel((3, 3)) == (2, 0, 0)
+    assert sorted(p.name for p in (tmp_path / "sheets").iterdir()) == [f"{n:06d}.png" for n in (5, 10, 12)]
+    assert Image.open(tmp_path / "sheets" / "000010.png").getpixel((3, 3)) == (2, 0, 0)
     assert all(net is last.ema for net in shown)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
