@@ -124,6 +124,8 @@ class Backbone:
         parts = {name: m.to(device) for name, m in pipe.components.items() if isinstance(m, nn.Module)}
         if dtype is torch.float16 and "vae" in parts and parts["vae"].config.get("force_upcast"):
             parts["vae"].float()
+        if hasattr(parts.get("vae"), "enable_slicing"):
+            parts["vae"].enable_slicing()  # a batch goes through picture by picture, in the memory of one
         return cls(parts, getattr(pipe, "tokenizer", None), meta, Path(path).name, device, pipe, Path(path))
 
     def need_parts(self, *names: str) -> None:

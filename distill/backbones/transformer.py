@@ -33,7 +33,7 @@ class Transformer(Backbone):
 
             limits = (config[k] for k in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
             mu = calculate_shift((pipe.default_sample_size // 2) ** 2, *limits)  # tokens are patches of 2x2
-            spec["shift"] = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+            spec["shift"] = math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
         return spec, prediction
 
     @torch.no_grad()

@@ -20,6 +20,8 @@ from distill.training.options import TrainOptions
 from distill.training.store import load as load_state
 from distill.training.students import train_student
 
+VARIANTS = ("schnell", "sigma")
+"""Of a family that is trained here already."""
 PROMPTS = ["a small red ring", "a large blue square, top left"]
 
 
@@ -129,6 +131,10 @@ def weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
+trained = pytest.mark.parametrize("folder", [f for f in families.FAMILIES if f not in VARIANTS], indirect=True)
+
+
+@trained
 @pytest.mark.parametrize("coach", ["lora", "copy"])
 def test_student_and_coach_move_and_the_teacher_does_not(folder, coach, tmp_path):
     teacher = load(folder)
@@ -146,6 +152,7 @@ def test_student_and_coach_move_and_the_teacher_does_not(folder, coach, tmp_path
         assert not torch.equal(torch.cat([v.flatten() for v in moved]), before)
 
 
+@trained
 def test_a_run_that_is_stopped_goes_on_and_its_student_opens(folder, tmp_path, monkeypatch):
     """Through the command line; bitwise what a run that was never stopped makes."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

@@ -110,3 +110,17 @@ def test_features_are_the_picture_s_tokens_in_their_places(model):
     x[..., -patch:, :patch] += 1
     changed = (model.features(model.net, x, index, model.null)[0] - found[0]).abs().mean(1)[0]
     assert changed.argmax() == side * (side - 1)
+
+
+def test_pictures_are_decoded_one_by_one(model):
+    """At 1024 pixels the autoencoder's memory is the largest; with gradients, as ever."""
+    calls = []
+    handle = model.parts["vae"].decoder.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    x0 = randn(model.shape(3, families.SIZE), generator()).requires_grad_()
+    pictures = model.decode(x0)
+    handle.remove()
+    assert calls == [1, 1, 1] and pictures.shape == (3, 3, families.SIZE, families.SIZE)
+    pictures.square().mean().backward()
+    assert x0.grad.any()
+    with torch.no_grad():
+        torch.testing.assert_close(model.to_latents(pictures[:1]), model.to_latents(pictures)[:1])
