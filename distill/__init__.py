@@ -13,7 +13,7 @@ denoisers   from_net, guided, autoguided, schedules in `distill.schedule`
 samplers    one_step, few_step, solve
 training    train_student, TrainOptions, prompt_batches, image_batches; train for nets and methods of your own
 methods     VSD, SDS, Regression with VSDOptions, SDSOptions, RegressionOptions; Method, Net, Phase to write another
-coaches     LoraCoach, CopyCoach, Student
+coaches     LoraCoach, CopyCoach, Student, StudentOptions
 toys        Gaussian, Mixture, ring, and `distill.toy`'s Student and Coach: teachers that are known exactly
 four bits   quantize_file, quantize_ for a module in memory, Quantize
 judging     Judge, evaluate: of the tutorial world
@@ -44,7 +44,7 @@ _FACE = {
     "methods.sds": ["SDS", "SDSOptions"],
     "methods.regression": ["Regression", "RegressionOptions"],
     "coach": ["LoraCoach", "CopyCoach"],
-    "student": ["Student"],
+    "student": ["Student", "StudentOptions"],
     "toy": ["Gaussian", "Mixture", "ring"],
     "quantize.run": ["quantize_file"],
     "quantize.module": ["quantize_"],

@@ -14,6 +14,7 @@ from itertools import chain
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import pad
 
 Adapters = Mapping[str, Tensor]
 """By name of the adapted layer: NAME.lora_A.weight (rank, in, ...) is down, NAME.lora_B.weight (out, rank, ...) up."""
@@ -114,11 +115,9 @@ class Folded:
 
 def of(module: nn.Module) -> Folded | None:
     """The adapters in an adapted net, such as a LoRA student or its average; None for a net without."""
-    from peft.tuners.lora import LoraLayer
-
     tensors: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
+        if hasattr(layer, "lora_A"):
             rank, alpha, scale = (d["default"] for d in (layer.r, layer.lora_alpha, layer.scaling))
             tensors[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight.detach()
             tensors[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight.detach() * scale
@@ -139,9 +138,15 @@ def merged(net: nn.Module, adapters: Folded) -> nn.Module:
     return net
 
 
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, n) -> u (m, k), s (k,), v (n, k): the matrix is u diag(s) v^T."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh.t()
+
+
 def extracted(before: nn.Module, after: nn.Module, rank: int) -> tuple[Folded, float]:
-    """Adapters that make a net of another as nearly as their rank can, by singular values; and what is left of the
-    difference, as a share of its norm, weights that take no adapters included."""
+    """Adapters that make a net of another as nearly as their rank can, by singular values, zeros where a layer has
+    fewer; and what is left of the difference, as a share of its norm, weights that take no adapters included."""
     tensors: dict[str, Tensor] = {}
     old, takes = dict(before.named_parameters()), adaptable(after)
     total = left = 0.0
@@ -150,11 +155,9 @@ def extracted(before: nn.Module, after: nn.Module, rank: int) -> tuple[Folded, f
         total, left = total + difference.square().sum().item(), left + difference.square().sum().item()
         layer = name.removesuffix(".weight")
         if layer in takes and name != layer:
-            u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-            kept = min(rank, len(s))
-            root = s[:kept].sqrt()
-            down, up = root[:, None] * v[:kept], u[:, :kept] * root
-            tensors[f"{layer}.lora_A.weight"] = down.view(kept, *p.shape[1:])
-            tensors[f"{layer}.lora_B.weight"] = up.view(*up.shape, *[1] * (p.ndim - 2))
-            left -= s[:kept].square().sum().item()
+            u, s, v = (m.narrow(-1, 0, min(rank, m.shape[-1])) for m in svd(difference.flatten(1)))
+            down, up = (pad(m * s.sqrt(), (0, rank - len(s))) for m in (v, u))
+            tensors[f"{layer}.lora_A.weight"] = down.t().reshape(rank, *p.shape[1:])
+            tensors[f"{layer}.lora_B.weight"] = up.view(-1, rank, *[1] * (p.ndim - 2))
+            left -= s.square().sum().item()
     return Folded(tensors, rank, float(rank)), (max(left, 0.0) / total) ** 0.5 if total else 0.0

@@ -64,6 +64,11 @@ class StudentOptions:
         within(self, student_rank=(1, inf))
         positive(self, "student_alpha")
 
+    @property
+    def scaled_by(self) -> float:
+        """student_alpha, its default worked out."""
+        return 2.0 * self.student_rank if self.student_alpha is None else self.student_alpha
+
     def grow(
         self, teacher: nn.Module, start: nn.Module | None, targets: Sequence[str] | None, generator: Generator | None
     ) -> nn.Module | Lora:
@@ -71,5 +76,5 @@ class StudentOptions:
         stays as it is; targets: the family's."""
         if self.student == "full":
             return copy.deepcopy(teacher) if start is None else start
-        how = {"rank": self.student_rank, "alpha": self.student_alpha, "generator": generator}
+        how = {"rank": self.student_rank, "alpha": self.scaled_by, "generator": generator}
         return Lora(teacher if start is None else start, targets=self.student_targets or targets, **how)

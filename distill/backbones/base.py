@@ -17,9 +17,10 @@ from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..adapters import adaptable
+from ..adapters import of as adapters_of
 from ..checks import need
 from ..denoiser import Cond, Denoiser, from_net, guided, map_cond
-from ..file import checkpoint
+from ..file import checkpoint, lora
 from ..file.metadata import Metadata
 from ..file.workflow import student_graph
 from ..header import CheckpointError
@@ -297,12 +298,16 @@ class Backbone:
         strings.pop("onestep.version")  # it is no OneStep file
         return checkpoint.store(path, self.comfy_weights(net), strings, dtype or self.stored)
 
-    def save_student(self, path: str | Path, net: nn.Module, **changes: Any) -> Path:
+    def save_student(self, path: str | Path, net: nn.Module, *, base: str | None = None, **changes: Any) -> Path:
         """Write a one-step student of this model, whose guidance is in its weights unless `changes` say otherwise: a
-        OneStep file with a graph that opens it in ComfyUI, or, of a family without such files, a diffusers folder.
-        Returns where it is, `student_path`."""
+        OneStep file with a graph that opens it in ComfyUI; of a family without such files a diffusers folder; of a
+        net with adapters a LoRA file, `base` being the name of the model that they add to, by default this one's.
+        Returns where it is."""
         student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
         changes["guidance"] = {**self.meta.guidance, "baked": True, **changes.get("guidance", {})}
+        if (adapters := adapters_of(net)) is not None:
+            meta = replace(self.meta, **student | changes)
+            return lora.write(path, lora.of_student(adapters, base or self.name, self.main, meta))
         path = self.student_path(path)
         if not self.in_comfyui:
             return self.save_folder(path, net, **student | changes)

@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": ("Sample", "make pictures from prompts"),
     "eval": ("Eval", "measure a model: the tutorial's figures, or FID, KID and CLIP score"),
     "bench": ("Bench", "measure how long a model takes: latency, throughput, part by part"),
+    "export": ("Export", "write a student in the form that another program opens"),
     "quantize": ("QuantizeFile", "make a 4-bit file of a model"),
     "info": ("Info", "show what a file says about itself"),
     "recipes": ("Recipes", "show how public few-step models are called"),

@@ -54,6 +54,34 @@ def open_teacher(name: str, device: str, dtype: str = "float32") -> Backbone:
     return teacher
 
 
+def base_of(base: str | None, name: str, why: str) -> Path:
+    """Where the model is that another was made of: `base` if given, else the bundled one of its name. Raises ValueError
+    where there is none; why: the start of what it says."""
+    from ..tutorial.bundled import BUNDLED, bundled, find
+
+    if base is not None:
+        return find(base)
+    for path in map(bundled, BUNDLED):
+        if path.name == name:
+            return path
+    raise ValueError(f"{why}: give the model it was made of, {name}, as --base")
+
+
+def open_model(name: str, device: str, base: str | None = None) -> Backbone:
+    """Any model, a LoRA with its base. Raises CheckpointError, and ValueError where a base is missing or too much."""
+    from ..backbones import load
+    from ..backbones.adapted import adapted
+    from ..file import lora
+    from ..tutorial.bundled import find
+
+    path = find(name)
+    if not lora.is_lora(path):
+        need(base is None, "base", base, f"{path} is no LoRA, which alone has one")
+        return load(path, pick_device(device))
+    held = lora.read(path)
+    return adapted(load(base_of(base, held.base, f"{path} is a LoRA"), pick_device(device)), held, path)
+
+
 def writable(path: Path, *, folder: bool = False) -> None:
     """Raise ValueError where `path` cannot become a file, or a folder with files; nothing is made. A run that takes
     hours asks this first."""

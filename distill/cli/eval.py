@@ -25,7 +25,9 @@ class Eval:
     """
 
     model: str = "student"
-    """A OneStep safetensors file, a folder of diffusers', or the bundled student or teacher."""
+    """A OneStep file, a LoRA of one, a folder of diffusers', or the bundled student or teacher."""
+    base: str | None = None
+    """The model that a LoRA adds to. Default: the bundled one of that name."""
     prompts: str | None = None
     """What to draw, as for distill train: a file of prompts, or a dataset."""
     column: str | None = None
@@ -74,12 +76,10 @@ def run(o: Eval) -> dict[str, dict]:
 
 def opened(o: Eval) -> Backbone:
     """The model. Raises ValueError where it takes no guidance."""
-    from ..backbones import load
     from ..checks import need
-    from ..tutorial.bundled import find
-    from .console import pick_device
+    from .console import open_model
 
-    model = load(find(o.model), pick_device(o.device))
+    model = open_model(o.model, o.device, o.base)
     baked = o.guidance is not None and model.meta.guidance.get("baked")
     need(not baked, "guidance", o.guidance, f"{model.name} is a student, its guidance is in its weights")
     return model

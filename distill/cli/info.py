@@ -20,14 +20,15 @@ class Info:
 
 
 FIELDS = (
-    "family", "method", "teacher", "prediction", "t_in", "steps", "guidance", "schedule", "latent", "metrics", "config",
-    "quantization", "license",
+    "base", "part", "rank", "alpha", "family", "method", "teacher", "prediction", "t_in", "steps", "guidance",
+    "schedule", "latent", "metrics", "config", "quantization", "license",
 )  # fmt: skip
-"""Of a OneStep file. What is left out is long: the architecture, the tokenizer, the workflow."""
+"""Of a OneStep file, or a LoRA. What is left out is long: the architecture, the tokenizer, the workflow."""
 
 
 def run(o: Info) -> None:
     """Print it. Raises CheckpointError for what is no sound safetensors file."""
+    from ..file.metadata import LORA
     from ..header import CheckpointError, read_header
     from ..tutorial.bundled import find
 
@@ -37,7 +38,7 @@ def run(o: Info) -> None:
     header = read_header(path)
     said = header.pop("__metadata__", {})
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {held(path, header)}")
-    ours = "onestep.version" in said
+    ours = "onestep.version" in said or LORA in said
     if not ours:
         print("not a OneStep file; its metadata:" if said else "not a OneStep file, and without metadata")
     for name in (n for n in FIELDS if n in said) if ours else said:

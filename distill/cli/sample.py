@@ -16,7 +16,9 @@ class Sample:
     prompts: tyro.conf.Positional[list[str]]
     """What to draw; quote each prompt."""
     model: str = "student"
-    """A OneStep file, a folder of diffusers', or the bundled student or teacher."""
+    """A OneStep file, a LoRA of one, a folder of diffusers', or the bundled student or teacher."""
+    base: str | None = None
+    """The model that a LoRA adds to. Default: the bundled one of that name."""
     out: Path = Path("samples.png")
     """One PNG, overwritten where it exists; the pictures stand side by side."""
     seed: int = 0
@@ -35,7 +37,7 @@ def run(o: Sample) -> None:
     from PIL import Image
 
     from ..checks import SEEDS, need, within
-    from .console import pick_device, writable
+    from .console import open_model, writable
 
     need(len(o.prompts) > 0, "prompts", o.prompts, "give one or more, each in quotes")
     for prompt in o.prompts:  # bytes of the command line that are no UTF-8 come as surrogates
@@ -47,11 +49,9 @@ def run(o: Sample) -> None:
     import torch
 
     from ..atomic import write_beside
-    from ..backbones import load
     from ..backbones.base import to_pil
-    from ..tutorial.bundled import find
 
-    model = load(find(o.model), pick_device(o.device))
+    model = open_model(o.model, o.device, o.base)
     how = {"steps": o.steps, "guidance": o.guidance}
     images = to_pil(model.sample(o.prompts, torch.Generator().manual_seed(o.seed), **how))
     width, height = images[0].size

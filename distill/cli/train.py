@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import tyro
 
 from ..methods import METHODS
+from ..student import StudentOptions
 from ..training.options import TrainOptions
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..backbones.base import Backbone
     from ..denoiser import Cond, Denoiser
     from ..methods.base import Batches
@@ -34,7 +33,7 @@ class Run:
     weak: str | None = None
     """A worse teacher of the same kind, for --autoguidance. Default: an early checkpoint of the bundled teacher."""
     init: str | None = None
-    """A OneStep file to start the student from, such as the student of a regression. Default: the teacher."""
+    """A model to start the student from, such as the student of a regression, full or LoRA. Default: the teacher."""
     prompts: str | None = None
     """A .txt with one prompt a line, a .jsonl, .csv or .parquet, or the name of a Hugging Face dataset. Default, for
     teachers of the tutorial world: that world's."""
@@ -59,6 +58,7 @@ class Run:
     dry_run: bool = False
     """Only tell what it would take: parameters, memory by part with a step measured, and options that make it fit. The
     exit code is 1 where it does not fit. Nothing is written."""
+    form: tyro.conf.OmitArgPrefixes[StudentOptions] = field(default_factory=StudentOptions)
     training: tyro.conf.OmitArgPrefixes[TrainOptions] = field(default_factory=TrainOptions)
 
 
@@ -98,10 +98,12 @@ def train(o: Run) -> Path:
     writable(o.out, folder=True)
     refuse_run(o.out, [o.out], o.resume or o.dry_run, o.force or o.dry_run)
     prompts = read_prompts(o.prompts, o.column) if o.prompts else None
-    teacher, weak, net = opened(o, prompts is not None)
+    teacher, weak, start, base = opened(o, prompts is not None)
     if o.dry_run:
-        return try_dry(o, teacher, weak, net, prompts)
-    file = teacher.student_path(o.out / "student.safetensors")
+        return try_dry(o, teacher, weak, start, prompts)
+    file = o.out / "student.safetensors"
+    if o.form.student == "full":
+        file = teacher.student_path(file)
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
     guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
     about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
@@ -112,8 +114,9 @@ def train(o: Run) -> Path:
         with bars() as told:
             batches, shown = source(o, teacher, prompts, told)
             sheet = sheets(teacher, shown, o.t_in, o.training.seed)
-            how = {"net": net, "t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in)}
-            for step in train_student(teacher, o.options, batches, o.training, o.out, **how, told=told, sheet=sheet):
+            how = {"t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in), "told": told}
+            how |= {"student": o.form, "sheet": sheet, **start}
+            for step in train_student(teacher, o.options, batches, o.training, o.out, **how):
                 told(o.method, step.progress, **step.logs)
     except KeyboardInterrupt:
         left = "nothing to keep yet" if step is None and not file.exists() else f"{file} is the student so far"
@@ -121,20 +124,20 @@ def train(o: Run) -> Path:
         raise
     finally:
         if step is not None and is_main_process():
-            teacher.save_student(file, step.ema, **about)
+            teacher.save_student(file, step.ema, base=base, **about)
     print(file)
     return file
 
 
-def opened(o: Run, prompted: bool) -> tuple[Backbone, Denoiser | None, nn.Module | None]:
-    """(the teacher, a weaker one, the net to start from). Raises CheckpointError where one does not fit, ValueError for
-    a teacher that needs prompts and has none."""
+def opened(o: Run, prompted: bool) -> tuple[Backbone, Denoiser | None, dict[str, Any], str]:
+    """(the teacher, a weaker one, and as `start_of` where the student starts and the name of a LoRA's base). Raises
+    CheckpointError where one does not fit, ValueError for a teacher that needs prompts and has none."""
     from ..backbones import load
     from ..backbones.base import weaker
-    from ..header import CheckpointError
     from ..tutorial.bundled import find
     from ..tutorial.prompts import speaks
     from .console import open_teacher, pick_device
+    from .start import start_of
 
     teacher = open_teacher(o.teacher, o.aside or o.device, o.frozen)
     teacher.time(o.t_in)
@@ -142,17 +145,12 @@ def opened(o: Run, prompted: bool) -> tuple[Backbone, Denoiser | None, nn.Module
         raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")
     if o.aside is not None:
         teacher.move_net(pick_device(o.device))
-    weak = net = None
+    weak = None
     if getattr(o.options, "autoguidance", 1.0) != 1:
         if o.weak is None and o.teacher != "teacher":
             raise ValueError("autoguidance needs --weak, a worse version of the teacher, such as an early checkpoint")
         weak = weaker(teacher, load(find(o.weak or "weak"), teacher.device))
-    if o.init is not None:
-        net = load(find(o.init), teacher.device).net
-        ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (teacher.net, net))
-        if ours != theirs:
-            raise CheckpointError(f"{o.init}: another architecture than {teacher.name}'s. Start from one of its kind.")
-    return teacher, weak, net
+    return teacher, weak, *start_of(o.init, teacher, o.form)
 
 
 def source(o: Run, teacher: Backbone, prompts: list[str] | None, told: Callable[..., None]) -> tuple[Batches, Cond]:
@@ -174,7 +172,7 @@ def source(o: Run, teacher: Backbone, prompts: list[str] | None, told: Callable[
     return prompt_batches(teacher, rows, o.batch_size), rows[range(min(SHOWN, len(rows)))]
 
 
-def try_dry(o: Run, teacher: Backbone, weak: Denoiser | None, net: nn.Module | None, prompts: list[str] | None) -> Path:
+def try_dry(o: Run, teacher: Backbone, weak: Denoiser | None, start: dict[str, Any], prompts: list[str] | None) -> Path:
     """Print what the run would take. Raises SystemExit where it does not fit."""
     from ..training.batches import prompt_batches, prompt_rows, text_encoders
     from ..training.dry_run import DryRun
@@ -188,7 +186,7 @@ def try_dry(o: Run, teacher: Backbone, weak: Denoiser | None, net: nn.Module | N
     if rows is not None and not teacher.in_comfyui:
         teacher.free(*text_encoders(teacher))
     few = {"pairs": 1, "pairs_minutes": None} if hasattr(o.options, "pairs") else {}
-    method = assemble(teacher, replace(o.options, **few), o.training, net=net, t_in=o.t_in, weak=weak)
+    method = assemble(teacher, replace(o.options, **few), o.training, o.form, t_in=o.t_in, weak=weak, **start)
     found = DryRun(teacher, method, batches, o.batch_size, o.training)
     print("\n".join(found.lines()))
     if not found.fits:
@@ -198,7 +196,9 @@ def try_dry(o: Run, teacher: Backbone, weak: Denoiser | None, net: nn.Module | N
 
 def identity(o: Run, t_in: float) -> dict[str, Any]:
     """What makes a run the run it is: a resume with another one is refused."""
-    fixed = {name: getattr(o.options, name) for name in ("coach", "rank") if hasattr(o.options, name)}
+    coach = ("coach", "rank", "alpha", "targets")
+    fixed = {name: getattr(o.options, name) for name in coach if hasattr(o.options, name)} | asdict(o.form)
+    fixed = {name: list(v) if isinstance(v, tuple) else v for name, v in fixed.items()}
     names = {name: Path(p).name if (p := getattr(o, name)) else None for name in ("teacher", "init", "weak")}
     return {**names, "t_in": t_in, **fixed}
 

@@ -17,6 +17,8 @@ from .rules import Wrong, need
 from .schema import FIELDS, PARTS, agree, deepest
 
 VERSION = 1
+LORA = "onestep.lora"
+"""Marks a file that `file.lora` wrote."""
 CURE = "Download the file again, or make it again with `distill train` or OneStep Quantize."
 
 
@@ -77,6 +79,9 @@ class Metadata:
         cls, strings: Mapping[str, str], path: str | Path = "this file", tensors: int | None = None
     ) -> Metadata:
         """Parse and check; tensors: how many the file has. Raises CheckpointError with path, key, value and cure."""
+        if LORA in strings:
+            base = strings.get("base", "its base")[:200]
+            raise CheckpointError(f"{path}: a LoRA of {base!r}, no whole model. Merge the two with `distill export`.")
         if "onestep.version" not in strings:
             raise CheckpointError(
                 f"{path}: not a OneStep file: its metadata has no 'onestep.version'. "

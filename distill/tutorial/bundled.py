@@ -7,6 +7,8 @@ from pathlib import Path
 from ..header import CheckpointError
 
 ASSETS = Path(__file__).parent / "assets"
+BUNDLED = ("student", "teacher", "weak")
+"""The models; the judge is none."""
 
 
 def bundled(name: str) -> Path:
@@ -25,9 +27,10 @@ def find(model: str | Path) -> Path:
     CheckpointError where there is neither."""
     from ..backbones.folder import is_hub_name
 
-    names, path = ("student", "teacher", "weak"), Path(model)
-    if str(model) in names:
+    path = Path(model)
+    if str(model) in BUNDLED:
         return bundled(str(model))
     if not path.exists() and not is_hub_name(model):
-        raise CheckpointError(f"{model}: no such file. Give a file or folder, or a bundled model: {', '.join(names)}.")
+        names = ", ".join(BUNDLED)
+        raise CheckpointError(f"{model}: no such file. Give a file or folder, or a bundled model: {names}.")
     return path
