@@ -154,8 +154,7 @@ class QuantizedWeight:
             spec["int8_activations"] = True
         if self.flat:
             spec["flat"] = True
-        tensors[f"{prefix}.{MARK}"] = torch.tensor(list(json.dumps(spec).encode()), dtype=torch.uint8)
-        return tensors
+        return tensors | {f"{prefix}.{MARK}": to_bytes(spec)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> QuantizedWeight:
@@ -172,14 +171,24 @@ class QuantizedWeight:
 
 def read_mark(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """`L.comfy_quant` -> its JSON object. Raises QuantError where it is none."""
-    mark = tensors[f"{prefix}.{MARK}"]
+    spec = from_bytes(tensors[f"{prefix}.{MARK}"])
+    if spec is None or not isinstance(spec.get("format"), str):
+        raise QuantError(f"layer {prefix}: its {MARK} is not a JSON object with a format. Quantize the model again.")
+    return spec
+
+
+def to_bytes(spec: Mapping[str, Any]) -> Tensor:
+    """A JSON object as a tensor of bytes."""
+    return torch.tensor(list(json.dumps(spec).encode()), dtype=torch.uint8)
+
+
+def from_bytes(mark: Tensor) -> dict[str, Any] | None:
+    """The JSON object that a tensor of bytes holds; None where it holds none."""
     try:
         spec = json.loads(mark.to(torch.uint8).cpu().numpy().tobytes()) if mark.numel() < 1 << 16 else None
     except (ValueError, RecursionError):
-        spec = None
-    if not isinstance(spec, dict) or not isinstance(spec.get("format"), str):
-        raise QuantError(f"layer {prefix}: its {MARK} is not a JSON object with a format. Quantize the model again.")
-    return spec
+        return None
+    return spec if isinstance(spec, dict) else None
 
 
 def _checked(layer: str, spec: dict[str, Any], found: dict[str, Tensor]) -> QuantizedWeight:

@@ -7,7 +7,6 @@ numbers beside the weight are JSON in a tensor of bytes (bitsandbytes' QuantStat
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...header import CheckpointError
+from ..weight import from_bytes
 from .ggml import Groups
 from .regroup import Told, entries
 
@@ -58,11 +58,8 @@ def _groups(path: Path, key: str, weights: dict[str, Tensor], state: str) -> tup
 
 
 def _spec(path: Path, key: str, state: Tensor) -> dict[str, Any]:
-    try:
-        spec = json.loads(state.to(torch.uint8).numpy().tobytes()) if state.numel() < 1 << 16 else None
-    except (ValueError, RecursionError):
-        spec = None
-    if not isinstance(spec, dict):
+    spec = from_bytes(state)
+    if spec is None:
         raise _broken(path, key, "its quant_state is not JSON")
     shape, block = spec.get("shape"), spec.get("blocksize")
     sound = isinstance(shape, list) and 0 < len(shape) <= 5 and all(type(s) is int and 0 < s < 1 << 31 for s in shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...header import CheckpointError
-from ..weight import FORMATS, MARK, QuantError, QuantizedWeight, layers, read_mark
+from ..weight import FORMATS, MARK, QuantError, QuantizedWeight, layers, read_mark, to_bytes
 
 STOCK = (
     *("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"),
@@ -63,8 +63,7 @@ def check(path: Path, weights: dict[str, Tensor], metadata: Mapping[str, str], s
 
 def _add_mark(weights: dict[str, Tensor], name: str, spec: dict[str, Any]) -> None:
     if f"{name}.weight" in weights:
-        text = json.dumps(spec).encode()
-        weights.setdefault(f"{name}.{MARK}", torch.tensor(list(text), dtype=torch.uint8))
+        weights.setdefault(f"{name}.{MARK}", to_bytes(spec))
 
 
 def _new_names(weights: dict[str, Tensor], marker: str) -> None:

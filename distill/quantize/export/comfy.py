@@ -13,18 +13,16 @@ the class embedding from shapes that packing would change: these stay dense.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...atomic import write_beside
 from ...header import CheckpointError
-from ...packed.weight import MARK
+from ...packed.weight import MARK, to_bytes
 from ..options import Progress
 from ..source import as_stored, relative
 from .base import Written, is_matrix, quantizable
@@ -67,7 +65,7 @@ def write(
         tensors, spec, back = encode(t.float())
         done.layers[layer] = relative(back.float(), t.float())
         out |= {key + suffix: v.contiguous() for suffix, v in tensors.items()}
-        out[f"{layer}.{MARK}"] = torch.tensor(list(json.dumps(spec).encode()), dtype=torch.uint8)
+        out[f"{layer}.{MARK}"] = to_bytes(spec)
     if not done.layers:
         raise CheckpointError(f"{path}: no layer takes format {format}. Choose another, or quantize as onestep.")
     path.parent.mkdir(parents=True, exist_ok=True)
