@@ -35,8 +35,8 @@ class OneStepQuantize(io.ComfyNode):
             display_name="OneStep Quantize",
             category="OneStep",
             description="Makes a 4-bit file of a diffusion model or a text encoder, convolutions included: about a "
-            "quarter of the half-precision file's size. OneStep files are run on prompts to round them better; any "
-            "other file is quantized by its weights alone.",
+            "quarter of the half-precision file's size. Models are run on prompts to round them better: OneStep files "
+            "by themselves, others where their MODEL and CLIP are connected.",
             search_aliases=["quantize", "4 bit", "int4", "compress model", "smaller model", "awq", "svdquant", "GGUF"],
             inputs=[
                 io.Combo.Input(
@@ -90,8 +90,37 @@ class OneStepQuantize(io.ComfyNode):
                     multiline=True,
                     advanced=True,
                     optional=True,
-                    tooltip="Prompts to calibrate a OneStep file on, one a line. Empty: the tutorial's shapes "
-                    "for its models, general prompts for others. Files that are not OneStep's are not run.",
+                    tooltip="Prompts to calibrate on, one a line. Empty: the tutorial's shapes for its models, general "
+                    "prompts for others.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="For files that are not OneStep's: the model in the file, from its usual loader, to be run "
+                    "on prompts. Without it such a file is quantized by its weights alone.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder that goes with the model."),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="An empty latent of the size you draw at. Default: 64 x 64."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=8,
+                    min=1,
+                    max=100,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Sampling steps of a calibration picture of a connected model.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Its guidance: what you draw with. 1 for distilled models.",
                 ),
             ],
             outputs=[
@@ -125,7 +154,10 @@ class OneStepQuantize(io.ComfyNode):
         return fingerprint(file, FOLDERS), name, sorted(options.items()), LOST[out]
 
     @classmethod
-    def execute(cls, file, name, method, bits, budget=0.0, text_encoder=False, prompts="") -> io.NodeOutput:
+    def execute(
+        cls, file, name, method, bits, budget=0.0, text_encoder=False, prompts="",
+        model=None, clip=None, latent=None, steps=8, cfg=5.0,
+    ) -> io.NodeOutput:  # fmt: skip
         started = time.monotonic()
         from ..distill.quantize.options import Quantize
         from ..distill.quantize.run import quantize_file
@@ -136,9 +168,9 @@ class OneStepQuantize(io.ComfyNode):
             bits=int(bits),
             budget=budget or None,
             text_encoder=text_encoder,
-            calibrate=not is_onestep(source),  # those are run here, in ComfyUI, or not at all
+            calibrate=False,  # what is run is run here, in ComfyUI
         )
-        stats, said = statistics(source, options, prompts)
+        stats, said = statistics(source, options, prompts, (model, clip, latent, steps, cfg))
         report = quantize_file(source, out, options, stats, progress(), force=True)  # `target` has its own rule
         MADE.add(out)
         new = out.relative_to(place(folder_of(source))).as_posix()
@@ -147,18 +179,22 @@ class OneStepQuantize(io.ComfyNode):
         return io.NodeOutput(new, text, ui=ui.PreviewText(text))
 
 
-def statistics(source: Path, options: Quantize, prompts: str) -> tuple[dict[str, LayerStats] | None, str]:
-    """(what flows into the layers or None, what to say about it)."""
+def statistics(source: Path, options: Quantize, prompts: str, graph: tuple) -> tuple[dict[str, LayerStats] | None, str]:
+    """(what flows into the layers or None, what to say about it). graph: model, clip, latent, steps and cfg."""
     if options.method == "rtn" and options.budget is None:
         return None, "rounding to nearest takes no calibration"
-    if not is_onestep(source):
-        return None, "data-free: only OneStep files say how they are run"
     from .native import calibrate
 
+    given = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if not is_onestep(source):
+        connected = calibrate.Connected(*graph)
+        if connected.model is None and connected.clip is None:
+            return None, "data-free: connect the file's MODEL and CLIP to have it run on prompts"
+        stats = connected.calibrate(source, given, options.text_encoder, progress())
+        return stats, connected.said(len(given))
     meta = read_metadata(source)
     if meta.architecture.get("text_encoder") is None:
         return None, "data-free: the file has no text encoder to read prompts with"
-    given = [line.strip() for line in prompts.splitlines() if line.strip()]
     given, what = (given, f"{len(given)} prompts") if given else calibrate.default_prompts(meta)
     stats = calibrate.calibrate(source, meta, given, options.text_encoder, progress())
     return stats, calibrate.said(meta, what)

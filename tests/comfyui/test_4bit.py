@@ -141,7 +141,7 @@ def test_other_files_are_quantized_by_their_weights(client, folder):
     save_file({k: t for k, t in sd.items() if "_model." not in k}, folder / "foreign.safetensors")
     run = client.run(quantize("foreign.safetensors"))
     assert not run.errors, run.errors
-    assert "data-free" in run.outputs["quantize"]["text"][0]
+    assert "data-free: connect the file's MODEL and CLIP" in run.outputs["quantize"]["text"][0]
     assert len(weight.layers(load_file(folder / "foreign-4bit.safetensors"))) > 60
 
 
@@ -387,6 +387,10 @@ def test_a_real_clip_in_4_bits(client, server, folder):
     save_file(sd, target / "clip.safetensors")
     run = client.run(quantize("clip.safetensors", method="rtn"))
     assert not run.errors and (target / "clip-4bit.safetensors").is_file(), run.errors
+    seen = quantize("clip.safetensors", name="clip-seen", prompts="", clip=["clip", 0])
+    seen["clip"] = node("CLIPLoader", type="stable_diffusion", clip_name="clip.safetensors")
+    run = client.run(seen)
+    assert not run.errors and "on 4 general prompts, in ComfyUI" in run.outputs["quantize"]["text"][0], run.errors
     wide = {"cross_attention_dim": 768, "class_embed_type": None}
     tiny.write(folder / "wide.safetensors", unet=wide, text={"hidden_size": 768})
     results = []
