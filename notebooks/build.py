@@ -1,6 +1,6 @@
 """Make the notebooks from their sources.
 
-    python notebooks/build.py            those that are out of date
+    python notebooks/build.py            those that are out of date; where only words changed, nothing is run
     python notebooks/build.py 05 10      these chapters, whatever their state
     python notebooks/build.py --all      all of them
     python notebooks/build.py --check    make nothing; say which do not belong to their source (exit status 1)
@@ -12,7 +12,9 @@ that new weights put exactly those chapters out of date.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import os
 import re
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 HERE = Path(__file__).parent
 LARGEST = 1_200_000  # bytes a notebook: GitHub's viewer gives up on large ones
@@ -93,15 +96,46 @@ def problem(source: Path) -> str | None:
     return None
 
 
-def write(source: Path) -> None:
-    """Run a source and write its notebook. Raises ValueError where that is too large."""
+def retold(source: Path) -> nbformat.NotebookNode | None:
+    """The notebook of a source with the outputs of the one beside it, where only words changed since; else None."""
+    path, new = source.with_suffix(".ipynb"), parse(source)
+    if not path.is_file():
+        return None
+    old = nbformat.read(path, 4)
+    before, after = ([c for c in n.cells if c.cell_type == "code"] for n in (old, new))
+    models = [n.metadata.get("onestep", {}).get("models") for n in (old, new)]
+    if [c.source for c in before] != [c.source for c in after] or models[0] != models[1]:
+        return None
+    for a, b in zip(after, before):
+        a.outputs, a.execution_count = b.outputs, b.execution_count
+    return None if any(c.execution_count is None for c in after) else new
+
+
+def write(source: Path, again: bool = True) -> None:
+    """Write the notebook of a source: run, or, unless `again`, with the outputs it has where only words changed. Raises
+    ValueError where it is too large."""
     start = time.monotonic()
     print(f"{source.stem} ...", end=" ", flush=True)
-    text = nbformat.writes(run(source)) + "\n"
+    text = nbformat.writes((None if again else retold(source)) or run(source)) + "\n"
     if len(text.encode()) > LARGEST:
         raise ValueError(f"{source.name}: {len(text.encode())} bytes with its outputs, more than {LARGEST}: show less")
     source.with_suffix(".ipynb").write_text(text, "utf-8")
     print(f"{time.monotonic() - start:.0f} s, {len(text) / 1000:.0f} kB", flush=True)
+
+
+def picture() -> None:
+    """course.png, for the map: the first picture of some chapters, side by side."""
+    shown = []
+    for chapter, height in (("04", 220), ("05", 220)):
+        (path,) = HERE.glob(f"{chapter}_*.ipynb")
+        outputs = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])]
+        data = next(o.data["image/png"] for o in outputs if "image/png" in o.get("data", {}))
+        image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        shown.append(image.resize((image.width * height // image.height, height), Image.Resampling.LANCZOS))
+    page = Image.new("RGB", (max(i.width for i in shown), sum(i.height for i in shown)), "white")
+    for i, image in enumerate(shown):
+        page.paste(image, (0, sum(j.height for j in shown[:i])))
+    page.save(HERE / "course.png", optimize=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -117,7 +151,9 @@ def main(arguments: list[str]) -> int:
         return 2
     for source in named or sources():
         if named or "--all" in arguments or problem(source):
-            write(source)
+            write(source, again=bool(named) or "--all" in arguments)
+    if HERE == Path(__file__).parent:
+        picture()
     return 0
 
 

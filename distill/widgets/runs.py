@@ -103,28 +103,29 @@ class Dashboard:
         return self.last
 
     def _work(self) -> None:
-        drawn = time.monotonic()
         self._tell()
-        try:
-            self._steps = self.start(**self.values) if self._steps is None else self._steps
-            for step in self._steps:
-                self.last = step
-                for name, value in step.logs.items():
-                    self.history.setdefault(name, []).append(value)
-                if self._stop.is_set():
-                    break
-                if self._shown is not None and time.monotonic() - drawn > EVERY:
-                    self._shown.value = self.picture()
-                    self._tell()
-                    drawn = time.monotonic()
-            else:
-                self.ended = True
-        except Exception as error:  # it is raised where somebody can see it, in result()
-            self.error, self.ended = error, True
-        if self._shown is not None:
-            if self.last is not None:
-                self._shown.value = self.picture()
-            self._tell()
+        for part in (self._run, self._show):
+            try:
+                part()
+            except Exception as error:  # it is raised where somebody can see it, in result()
+                self.error, self.ended = self.error or error, True
+        self._tell()
+
+    def _run(self) -> None:
+        """Steps until the end or until stopped."""
+        drawn = time.monotonic()
+        self._steps = self.start(**self.values) if self._steps is None else self._steps
+        for step in self._steps:
+            self.last = step
+            for name, value in step.logs.items():
+                self.history.setdefault(name, []).append(value)
+            if self._stop.is_set():
+                return
+            if time.monotonic() - drawn > EVERY:
+                self._show()
+                self._tell()
+                drawn = time.monotonic()
+        self.ended = True
 
     # ----------------------------------------------------------------------------------------------- the view
 
@@ -140,6 +141,10 @@ class Dashboard:
         if self.draw is not None:
             self.draw(some[-1], self.last)
         return png(figure)
+
+    def _show(self) -> None:
+        if self._shown is not None and self.last is not None:
+            self._shown.value = self.picture()
 
     def _tell(self) -> None:
         """Status line and buttons."""

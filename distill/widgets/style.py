@@ -61,8 +61,10 @@ def curves(
 
 def sheet(rows: Mapping[str, Tensor], titles: Sequence[str] = (), zoom: float = 1.0) -> Figure:
     """Pictures (B, 3, H, W) in [-1, 1], a labelled row for each entry; titles stand above the columns."""
-    n = max(len(images) for images in rows.values())
-    figure = Figure(figsize=(1.5 + n * zoom, len(rows) * zoom + 0.3), layout="constrained", dpi=DPI)
+    n, words, head = max(len(images) for images in rows.values()), 0.2 + 0.085 * max(map(len, rows)), 0.3 * bool(titles)
+    width, height = words + n * zoom, head + len(rows) * zoom
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.subplots_adjust(words / width, 0, 1, 1 - head / height, hspace=0.03)
     for ax, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows.items()):
         strip = np.concatenate([*to_array(images)], axis=1)  # H, B * W, 3
         ax.imshow(strip, interpolation="nearest")

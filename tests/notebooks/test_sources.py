@@ -86,6 +86,10 @@ def test_check_tells_a_foreign_notebook(tmp_path, monkeypatch, capsys):
     assert "42" in notebook.read_text()
     notebook.write_text(notebook.read_text().replace("6 * 7", "7 * 6"))
     assert build.main(["--check"]) == 1 and "its cells are not those of the source" in capsys.readouterr().out
+    notebook.write_text(notebook.read_text().replace("7 * 6", "6 * 7").replace("42", "43"))
+    source.write_text("# %% [markdown]\n# words\n\n# %%\nprint(6 * 7)\n")
+    assert build.main([]) == 0  # words changed: nothing is run
+    assert build.main(["--check"]) == 0 and "43" in notebook.read_text() and "words" in notebook.read_text()
     source.write_text("# %%\nprint(7 * 6)\n")
     assert build.main(["--check"]) == 1 and "made from another source" in capsys.readouterr().out
 

@@ -233,6 +233,13 @@ def test_the_page_sees_the_end(page):
     assert run._buttons["Start"].disabled and pixels(run._shown.value).width > 500
 
 
+def test_a_picture_that_cannot_be_drawn_is_told_too(page):
+    run = widgets.dashboard(start, lambda ax, step: ax.plot(step.nothing), ["student_loss"])
+    with pytest.raises(AttributeError, match="nothing"):
+        run.result()
+    wait(lambda: "AttributeError" in run._line.value)
+
+
 def test_the_page_sees_an_error(page):
     run = widgets.dashboard(lambda: start(nan_at=3), None, ["student_loss"])
     with pytest.raises(Diverged):
