@@ -76,7 +76,7 @@ TEXT = {
 }
 
 
-def tokenizer():
+def tokenizer(pad: str = "<end>"):
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<start>", "<end>", "<other>", *WORDS])}
@@ -87,12 +87,13 @@ def tokenizer():
         single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<start>", eos_token="<end>", pad_token="<end>", model_max_length=32
+        tokenizer_object=inner, bos_token="<start>", eos_token="<end>", pad_token=pad, model_max_length=32
     )
 
 
-def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_config) -> Modules:
-    """Random weights; `unet_config` overrides UNET, text TEXT; vae is "patch" (the tutorial's) or "kl"."""
+def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, pad: str = "<end>", **unet_config) -> Modules:
+    """Random weights; `unet_config` overrides UNET, text TEXT; vae is "patch" (the tutorial's) or "kl"; pad: the token
+    that prompts are filled with."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -100,7 +101,7 @@ def modules(seed: int = 0, vae: str = "patch", text: dict | None = None, **unet_
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**UNET | unet_config)
         vae = PatchAutoencoder(width=32) if vae == "patch" else AutoencoderKL(**VAE)
-        words = tokenizer()
+        words = tokenizer(pad)
         text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **TEXT | (text or {})))
         with torch.no_grad():  # norms and embeddings start flat: make every weight matter
             for module in (unet, vae, text_encoder):
@@ -134,9 +135,12 @@ def pipeline(mods: Modules, **meta) -> checkpoint.Pipeline:
     return checkpoint.from_modules(*mods, **fields | meta)
 
 
-def write(path, dtype=None, seed: int = 0, vae="patch", text: dict | None = None, unet: dict | None = None, **meta):
+def write(
+    path, dtype=None, seed: int = 0, vae="patch", text: dict | None = None, unet: dict | None = None,
+    pad: str = "<end>", **meta
+):  # fmt: skip
     """Write a tiny random file and return its path."""
-    return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, vae, text, **unet or {}), **meta)), dtype)
+    return checkpoint.write(path, checkpoint.pack(pipeline(modules(seed, vae, text, pad, **unet or {}), **meta)), dtype)
 
 
 def clip_tokenizer(**special):

@@ -6,31 +6,27 @@ images = model.sample(["a red ring on a blue background"], torch.Generator().man
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..adapters import adaptable
-from ..adapters import of as adapters_of
 from ..checks import need
 from ..denoiser import Cond, Denoiser, from_net, guided, map_cond
-from ..file import checkpoint, lora
+from ..file import checkpoint
 from ..file.metadata import Metadata
-from ..file.workflow import student_graph
 from ..header import CheckpointError
-from ..layouts import Weights
 from ..sample import few_step, one_step, solve, trailing
 from ..schedule import from_spec, randn
 from . import folder
+from .saving import Saving
 
 
-class Backbone:
+class Backbone(Saving):
     """The parts of a model as modules, and how its metadata says to call them. Everything is frozen and in eval mode.
 
     A family answers: encode, call, feature_layers; where the general answer is not its own, also feature, null, shape,
@@ -39,10 +35,6 @@ class Backbone:
 
     main: str
     """The part that is distilled: "unet", "transformer"."""
-    in_comfyui = False
-    """Whether there are OneStep files of this family, for OneStep Load Student. Others are diffusers folders."""
-    stored = torch.float16
-    """In what a student's weights are stored."""
 
     def __init__(
         self,
@@ -100,15 +92,6 @@ class Backbone:
     def null(self) -> Cond:
         """The null prompt's condition, one row; None for a net without conditions."""
         return self.encode([""])
-
-    def build_pipeline(self) -> Any:
-        """diffusers' pipeline of a model that came from a file. Raises CheckpointError where diffusers has none."""
-        raise CheckpointError(f"{self.name}: diffusers has no pipeline of this kind. Export another format.")
-
-    def comfy_weights(self, net: nn.Module) -> Weights:
-        """Weights of one file for ComfyUI's own loaders, under the names that they know. Raises CheckpointError where
-        ComfyUI knows no such model."""
-        raise CheckpointError(f"{self.name}: ComfyUI's own loaders know no single file of this kind. Export a folder.")
 
     def lora_targets(self) -> list[str]:
         """Names of the net's layers that a LoRA adapts."""
@@ -261,62 +244,6 @@ class Backbone:
             images.append(self.decode(self.latents(z, self.encode(some), generator=generator, **how)))
         return torch.cat(images)
 
-    def graph(self, path: str | Path, prompt: str | None = None) -> dict[str, Any] | None:
-        """A ComfyUI graph for a student's file; prompt: see file.workflow.student_graph."""
-        return student_graph(Path(path).name, self.shape(1)[-1] * self.meta.latent["factor"], prompt)
-
-    def save(self, path: str | Path, net: nn.Module, dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
-        """Write a OneStep file of `net` with this model's other parts and way of being called.
-
-        changes: fields of Metadata. Raises CheckpointError where one cannot be, or there are no such files.
-        """
-        if not self.in_comfyui:
-            raise CheckpointError(f"{self.name}: there are no OneStep files of this family. Export a diffusers folder.")
-        return checkpoint.write(path, self.pack(net, replace(self.meta, **changes)), dtype)
-
-    def pack(self, net: nn.Module, meta: Metadata) -> checkpoint.Checkpoint:
-        """`net` with this model's other parts as a OneStep file holds them."""
-        weights = {name: dict(module.state_dict()) for name, module in self.parts.items()}
-        weights[self.main] = dict(net.state_dict())
-        return checkpoint.pack(checkpoint.Pipeline(weights, meta))
-
-    def save_folder(self, path: str | Path, net: nn.Module, dtype: torch.dtype | None = None, **changes: Any) -> Path:
-        """Write a diffusers folder: `net` with this model's other parts, the scheduler with which diffusers samples as
-        `sample` does, onestep.json with the metadata (changes: fields of it), and a README.md that says all this.
-
-        Raises CheckpointError where diffusers has no such pipeline, or the folder is someone else's.
-        """
-        meta = replace(self.meta, **changes)
-        pipe = self.build_pipeline() if self.pipeline is None else self.pipeline
-        scheduler = folder.student_scheduler(meta) if meta.guidance.get("baked") else pipe.scheduler
-        return folder.write(Path(path), pipe, self.source, self.main, net, scheduler, meta, dtype or self.stored)
-
-    def save_comfy(self, path: str | Path, net: nn.Module, dtype: torch.dtype | None = None, **changes: Any) -> Path:
-        """Write one safetensors file that ComfyUI's own loaders open: `net` with what else they look for in it. The
-        metadata (changes: fields of it) says how it is to be sampled. Raises CheckpointError where they know none."""
-        strings = replace(self.meta, **changes | {"workflow": None}).to_strings()
-        strings.pop("onestep.version")  # it is no OneStep file
-        return checkpoint.store(path, self.comfy_weights(net), strings, dtype or self.stored)
-
-    def save_student(self, path: str | Path, net: nn.Module, *, base: str | None = None, **changes: Any) -> Path:
-        """Write a one-step student of this model, whose guidance is in its weights unless `changes` say otherwise: a
-        OneStep file with a graph that opens it in ComfyUI; of a family without such files a diffusers folder; of a
-        net with adapters a LoRA file, `base` being the name of the model that they add to, by default this one's.
-        Returns where it is."""
-        student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
-        changes["guidance"] = {**self.meta.guidance, "baked": True, **changes.get("guidance", {})}
-        if (adapters := adapters_of(net)) is not None:
-            meta = replace(self.meta, **student | changes)
-            return lora.write(path, lora.of_student(adapters, base or self.name, self.main, meta))
-        path = self.student_path(path)
-        if not self.in_comfyui:
-            return self.save_folder(path, net, **student | changes)
-        return self.save(path, net, **student | {"workflow": self.graph(path, "")} | changes)
-
-    def student_path(self, path: str | Path) -> Path:
-        """Where a student is saved: at the path; of a family without files, in a folder of its name without ending."""
-        return Path(path) if self.in_comfyui else Path(path).with_suffix("")
-
 
 def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
     """What a module computes in, by its first weight; x's own, where it has none."""
@@ -356,21 +283,3 @@ def to_pil(images: Tensor) -> list:
 
     array = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(a) for a in array]
-
-
-Build = Callable[[], nn.Module]
-
-
-class WithoutMemory(TorchFunctionMode):
-    """torch.empty, by which layers make their weights, on the meta device: of any size, it takes no memory."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
-
-
-def skeleton(make: Build) -> nn.Module:
-    """make() with its parameters on the meta device (its buffers are real), in eval mode."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False), WithoutMemory():
-        return make().eval().requires_grad_(False)

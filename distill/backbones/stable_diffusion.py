@@ -19,8 +19,9 @@ from ..layouts import TEXT, Weights, is_patch, text_to_ldm, text_to_openclip
 from ..packed.layers import install
 from ..packed.weight import QuantError, layers
 from . import folder, ldm
-from .base import Backbone, skeleton
+from .base import Backbone
 from .patch import PatchAutoencoder
+from .skeleton import skeleton
 
 
 class StableDiffusion(Backbone):

@@ -13,10 +13,10 @@ import tyro
 
 @dataclass(frozen=True)
 class Info:
-    """Show what a file says about itself: a OneStep file, or by its header any other safetensors file."""
+    """Show what a file says about itself: a OneStep file or folder, or by its header any other safetensors file."""
 
     model: tyro.conf.Positional[str] = "student"
-    """A safetensors file, or the bundled student or teacher."""
+    """A safetensors file, a student's folder, or the bundled student or teacher."""
 
 
 FIELDS = (
@@ -34,15 +34,26 @@ def run(o: Info) -> None:
 
     path = find(o.model)
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder. Name a safetensors file in it.")
+        from ..backbones.folder import read_ours
+
+        if (meta := read_ours(path)) is None:
+            raise CheckpointError(f"{path}: a folder. Name a safetensors file in it.")
+        print(f"{path}: a diffusers folder with OneStep's metadata")
+        show(meta.to_strings(), FIELDS)
+        return
     header = read_header(path)
     said = header.pop("__metadata__", {})
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {held(path, header)}")
     ours = "onestep.version" in said or LORA in said
     if not ours:
         print("not a OneStep file; its metadata:" if said else "not a OneStep file, and without metadata")
-    for name in (n for n in FIELDS if n in said) if ours else said:
-        print(f"{plain(name):>12}  {plain(said[name], math.inf if ours else 200)}")
+    show(said, FIELDS if ours else tuple(said), math.inf if ours else 200)
+
+
+def show(said: dict[str, str], names: tuple[str, ...], most: float = math.inf) -> None:
+    """Those of the names that are there, a line each."""
+    for name in (n for n in names if n in said):
+        print(f"{plain(name):>12}  {plain(said[name], most)}")
 
 
 def held(path: Path, entries: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..backbones.base import skeleton
+from ..backbones.skeleton import skeleton
 from ..header import CheckpointError
 from .options import Progress, Quantize
 from .prompts import given_prompts

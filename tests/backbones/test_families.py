@@ -9,7 +9,7 @@ import torch
 from distill.backbones import load
 from distill.backbones.base import Backbone
 from distill.backbones.flux import Flux
-from distill.backbones.folder import how_to_call
+from distill.backbones.saving import how_to_call
 from distill.cli import console, main
 from distill.denoiser import guided
 from distill.methods.vsd import VSDOptions
@@ -153,7 +153,7 @@ def test_student_and_coach_move_and_the_teacher_does_not(folder, coach, tmp_path
 
 
 @trained
-def test_a_run_that_is_stopped_goes_on_and_its_student_opens(folder, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_goes_on_and_its_student_opens(folder, tmp_path, monkeypatch, capsys):
     """Through the command line; bitwise what a run that was never stopped makes."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     words = ["train", "vsd", "--teacher", folder, "--prompts", tmp_path / "prompts.txt", "--steps", 2, "--rank", 2]
@@ -181,4 +181,6 @@ def test_a_run_that_is_stopped_goes_on_and_its_student_opens(folder, tmp_path, m
     assert torch.equal(weights(whole.net), weights(student.net))
     assert not torch.equal(weights(whole.net), weights(load(folder).net))
     assert student.meta.guidance["baked"] and student.meta.config["prompts"] == "prompts.txt"
+    capsys.readouterr()
+    assert main(["info", str(path)]) == 0 and "method  vsd" in capsys.readouterr().out
     assert main(["sample", PROMPTS[0], "--model", str(path), "--out", str(tmp_path / "p.png")]) == 0

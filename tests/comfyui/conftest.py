@@ -19,6 +19,7 @@ MODELS = {
     "teacher.safetensors": {"method": "teacher", "steps": 5, "guidance": {"scale": 2.0, "baked": False}},
     "linear.safetensors": {"unet": {"use_linear_projection": True, "attention_head_dim": (2, 4)}},
     "kl.safetensors": {"vae": "kl"},
+    "pad.safetensors": {"pad": "<other>"},
     "latent.safetensors": {"latent": tiny.LATENT | {"scale": 0.5, "shift": 0.1}},
 }
 # Nodes that only these tests have: a MODEL as if another loader had made it, one during whose sampling the user presses

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from server import PACK, environment
 
-from distill.backbones.base import skeleton
+from distill.backbones.skeleton import skeleton
 from distill.header import read_header
 from distill.layouts import UNET, unet_to_ldm
 

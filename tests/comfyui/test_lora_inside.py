@@ -11,7 +11,7 @@ from server import PACK, environment
 from distill.adapters import Folded, Lora, adaptable, of
 from distill.backbones import load
 from distill.backbones.adapted import adapted
-from distill.backbones.base import skeleton
+from distill.backbones.skeleton import skeleton
 from distill.file import lora
 from distill.layouts import unet_to_ldm
 

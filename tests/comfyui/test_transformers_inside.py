@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from server import PACK, environment
 
 from distill.backbones import load
-from distill.backbones.base import skeleton
+from distill.backbones.skeleton import skeleton
 from distill.header import CheckpointError
 
 PUBLISHED = {

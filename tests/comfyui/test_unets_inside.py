@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from server import PACK, environment
 
 from distill.backbones import load
-from distill.backbones.base import skeleton
 from distill.backbones.sdxl import SDXL
+from distill.backbones.skeleton import skeleton
 from distill.backbones.stable_diffusion import StableDiffusion
 from distill.file.metadata import Metadata
 from distill.header import CheckpointError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.backbones.base import skeleton
+from distill.backbones.skeleton import skeleton
 from distill.packed.weight import QuantError, to_matrix
 from distill.quantize.calibrate import LayerStats, collect, relative_error
 from distill.quantize.stream import stream
