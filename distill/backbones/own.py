@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import merged
+from ..adapters import of as adapters_of
 from ..denoiser import Cond
 from ..file import checkpoint
 from ..file.metadata import Metadata
@@ -78,8 +80,14 @@ class Own(Backbone):
         """What the net makes -> pictures."""
         return latents if self.decoder is None else torch.cat([self.decoder(z) for z in latents.split(batch)])
 
-    def save_student(self, path: str | Path, net: nn.Module, dtype: torch.dtype | None = None, **changes: Any) -> Path:
-        """The weights under the network's own names, in a safetensors file that says how it must be called."""
+    def save_student(
+        self, path: str | Path, net: nn.Module, dtype: torch.dtype | None = None, *, base: str | None = None,
+        **changes: Any,
+    ) -> Path:  # fmt: skip
+        """The weights under the network's own names, those of adapters added, in a safetensors file that says how it
+        must be called. base is not needed: the file is whole."""
+        if (adapters := adapters_of(net)) is not None:
+            net = merged(self.net, adapters)
         student = {"steps": 1, "teacher": self.name, "guidance": {**self.meta.guidance, "baked": True}}
         meta = replace(self.meta, **student | changes)
         return checkpoint.write(path, checkpoint.Checkpoint(dict(net.state_dict()), meta), dtype)

@@ -6,6 +6,7 @@ from torch import nn
 
 import distill
 from distill.schedule import ddpm, flow, randn
+from distill.student import StudentOptions
 
 SHAPE = (2, 6, 6)
 
@@ -35,24 +36,25 @@ def teacher(**how):
     return distill.Own(Net(), SHAPE, "flow", flow(), **how)
 
 
-@pytest.mark.parametrize("conditions", [True, False])
-def test_a_plain_network_is_taught_and_its_student_comes_back(conditions, tmp_path):
+@pytest.mark.parametrize("conditions, form", [(True, "full"), (False, "full"), (True, "lora")])
+def test_a_plain_network_is_taught_and_its_student_comes_back(conditions, form, tmp_path):
     mine = teacher(conditions=conditions)
 
     def batches(step, generator):
         return {"cond": torch.randint(4, (8,), generator=generator) if conditions else None, "shape": mine.shape(8)}
 
     options = distill.VSDOptions(guidance=2.0 if conditions else 1.0, rank=2, lr=1e-2)
-    *_, last = distill.train_student(mine, options, batches, distill.TrainOptions(steps=2, ema=0.0, max_spread=1e4))
+    form = StudentOptions(form, student_rank=2)
+    training = distill.TrainOptions(steps=2, ema=0.0, max_spread=1e4)
+    *_, last = distill.train_student(mine, options, batches, training, student=form)
     path = mine.save_student(tmp_path / "mine.safetensors", last.ema, method="vsd", steps=2)
     student = mine.open(path)
     assert student.meta.method == "vsd" and student.meta.teacher == "Net" and student.name == "mine.safetensors"
-    moved = student.net.layer.weight
-    assert torch.equal(moved, last.ema.layer.weight) and not torch.equal(moved, mine.net.layer.weight)
+    assert not torch.equal(student.net.layer.weight, mine.net.layer.weight)
     z, cond = randn(mine.shape(3), generator()), torch.tensor([0, 1, 2]) if conditions else None
     ours = student.latents(z, cond, generator=generator(1))
     by_hand = distill.few_step(mine.wrap(last.ema), [1.0, 0.5])(z, cond, generator(1))
-    torch.testing.assert_close(ours, by_hand.detach())
+    torch.testing.assert_close(ours, by_hand.detach(), rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
     with pytest.raises(distill.CheckpointError, match="mine.safetensors: a student of a network of its owner's own"):
         distill.load(path)
 
