@@ -1,9 +1,9 @@
 """Transformers' weights: diffusers' names -> those of the models' own repositories, which are the ones ComfyUI loads.
 
-A table gives each of diffusers' modules its other name; "#" stands for a block's number. Where several become one, as
-queries, keys and values do, they are "name/0", "name/1", ...: their rows are stacked in this order. Before "~name" the
-halves of the rows change places: diffusers' last modulation is (scale, shift), theirs (shift, scale). What the names
-are is told by comfy/utils.py of ComfyUI and by the converters among diffusers' scripts.
+A table gives each of diffusers' modules, or one weight of it, its other name; "#" stands for a block's number. Where
+several become one, as queries, keys and values do, they are "name/0", "name/1", ...: their rows are stacked in this
+order. Before "~name" the halves of the rows change places: diffusers' last modulation is (scale, shift), theirs (shift,
+scale). What the names are is told by comfy/utils.py of ComfyUI and by the converters among diffusers' scripts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ def rename(weights: Weights, table: dict[str, str]) -> Weights:
     stacks: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in weights.items():
         module, _, last = key.rpartition(".")
-        number = NUMBER.search(key)
-        target = table[module] if module in table else table[NUMBER.sub("#", module)]
+        number, ways = NUMBER.search(key), [(key, ""), (module, last)]
+        ways += [(NUMBER.sub("#", ours), rest) for ours, rest in ways]
+        ours, last = next((way for way in ways if way[0] in table), ways[-1])
+        target = table[ours]
         if target.startswith("~"):
             target, value = target[1:], torch.cat(value.chunk(2)[::-1])
         target, _, place = target.partition("/")
-        name = f"{target}.{last}".removeprefix(".").replace("#", number[0] if number else "")
+        name = f"{target}.{last}".strip(".").replace("#", number[0] if number else "")
         if place:
             stacks.setdefault(name, {})[place] = value
         else:
@@ -85,12 +87,10 @@ def flux() -> dict[str, str]:
     for ours, theirs in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance")):
         table |= linears(f"time_text_embed.{ours}_embedder", f"{theirs}_in.in_layer {theirs}_in.out_layer")
     table |= {f"{alone}.attn.to_{q}": f"{single}.linear1/{i}" for i, q in enumerate("qkv")}
-    for q, name in (("q", "query_norm"), ("k", "key_norm")):
-        table |= {
-            f"{alone}.attn.norm_{q}": f"{single}.norm.{name}",
-            f"{block}.attn.norm_{q}": f"{double}.img_attn.norm.{name}",
-        }
-        table[f"{block}.attn.norm_added_{q}"] = f"{double}.txt_attn.norm.{name}"
+    for q, name in (("q", "query_norm.scale"), ("k", "key_norm.scale")):
+        table[f"{alone}.attn.norm_{q}.weight"] = f"{single}.norm.{name}"
+        table[f"{block}.attn.norm_{q}.weight"] = f"{double}.img_attn.norm.{name}"
+        table[f"{block}.attn.norm_added_{q}.weight"] = f"{double}.txt_attn.norm.{name}"
     table |= {f"{block}.attn.to_{q}": f"{double}.img_attn.qkv/{i}" for i, q in enumerate("qkv")}
     table |= {f"{block}.attn.add_{q}_proj": f"{double}.txt_attn.qkv/{i}" for i, q in enumerate("qkv")}
     for ours, theirs, out in (("", "img", "to_out.0"), ("_context", "txt", "to_add_out")):

@@ -39,7 +39,8 @@ class Flux(Transformer):
         return n, self.meta.latent["channels"], side, side
 
     def encode(self, prompts: list[str]) -> Cond:
-        """See the class. Raises CheckpointError where there is no text encoder."""
+        """See the class. Raises CheckpointError where a text encoder is not there."""
+        self.need_parts("text_encoder", "text_encoder_2")
         embeddings, pooled, _ = self.encode_prompt(prompts)
         cond = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
         if "embedded" in self.meta.guidance:
@@ -54,7 +55,7 @@ class Flux(Transformer):
         place[..., 2] += torch.arange(w, device=x.device)
         out = net(
             F.pixel_unshuffle(x, 2).flatten(2).mT,  # (B, h w, 4 C)
-            timestep=index / self.meta.schedule["num_train_timesteps"],
+            timestep=index.to(x.dtype) / self.meta.schedule["num_train_timesteps"],
             img_ids=place.flatten(0, 1),
             txt_ids=place.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
             **cond, return_dict=False,

@@ -92,6 +92,29 @@ def test_flux_reads_its_guidance_and_its_shift(folders):
     assert dev.shape(3) == (3, 16, 128, 128) and dev.shape(1, 512) == (1, 16, 128, 128)
 
 
+def test_flux_needs_both_its_encoders(folders, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no text_encoder_2. Open it from"):
+        load(tiny_transformers.without(folders["flux"], tmp_path / "flux", "_2")).encode(PROMPTS)
+
+
+def test_flux_is_exported_with_the_name_by_which_older_comfyui_know_it(folders):
+    """Newer ones take "weight" too."""
+    model = load(folders["flux"])
+    assert "double_blocks.0.img_attn.norm.key_norm.scale" in model.comfy_weights(model.net)
+
+
+@torch.no_grad()
+def test_in_half_precision_flux_is_told_the_time_its_pipeline_tells(folders):
+    """Which rounds it before it divides it; a coarse time, but the one it was trained with."""
+    model, told = load(folders["flux"], dtype=torch.bfloat16), []
+    model.net.register_forward_pre_hook(lambda net, args, how: told.append(how["timestep"]), with_kwargs=True)
+    z = randn(model.shape(1, families.SIZE), generator())
+    families.ask(model.pipeline, z.bfloat16(), PROMPTS[:1], num_inference_steps=3, output_type="latent")
+    for t in model.pipeline.scheduler.timesteps:
+        model.denoiser(z, torch.tensor([model.time(float(t))]), model.null)
+    assert len(told) == 6 and told[:3] == told[3:]
+
+
 def test_the_null_prompt_of_sana_follows_no_instruction(folders):
     model = load(folders["sana"])
     both, null = model.encode([PROMPTS[0], ""]), model.pipeline.encode_prompt(PROMPTS[0], device="cpu")[2:]
