@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
 
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""What accelerate can be told to do, and this loop does not."""
+
 
 class Diverged(RuntimeError):
     """Training stopped making sense. readout and value say what was seen, cure what most likely helps."""
@@ -79,11 +82,13 @@ def train(
 
     Several processes (accelerate launch, torchrun; without GPUs device="cpu") start from the first one's weights and
     average their gradients. n of them do what one does with n times `accumulate`; where one is asked to stop, all do
-    after the same step.
+    after the same step. Sharded nets (FSDP) are refused (ValueError).
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=str(device) == "cpu")
+    kind = accelerator.distributed_type.value
+    need(kind not in SHARDED, "distributed_type", kind, "nets are not sharded; launch with --multi_gpu")
     device = torch.device(device) if device else accelerator.device
     for net in method.nets.values():
         net.module.to(device)

@@ -136,6 +136,7 @@ def test_a_diffusers_folder_is_a_teacher(place, door):
     words = ["--teacher", "sd", "--prompts", "prompts.txt", "--max-spread", "1000"]
     code, _, err = door(*QUICK, *words, "--out", "run")
     assert code == 0, err
+    assert Path("run/sheets/000002.png").exists() and list(Path("run/cache").rglob("000000.safetensors"))
     meta = read_metadata("run/student.safetensors")
     assert meta.teacher == "sd" and meta.prediction == "eps" and str(place) not in json.dumps(meta.config)
     code, out, err = door("sample", "a red ring", "--model", "run/student.safetensors")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from accelerate.utils import DistributedType
 from small_runs import SCHEDULE, TINY, Net, assert_same, batches, build, contents, make, run
 
 from distill.backbones import load
@@ -234,6 +235,12 @@ def test_frozen_weights_may_be_halves_and_what_is_trained_never_is(tmp_path):
         halves = [p.dtype is torch.bfloat16 for p in last.student.parameters()]
         assert any(halves) == (form == "lora")
         assert {p.dtype for p in teacher.net.parameters()} == {torch.bfloat16}
+
+
+def test_a_launch_with_sharding_is_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="distributed_type is 'FSDP': nets are not sharded; launch with --multi_gpu"):
+        next(train(build("copy"), batches, TINY))
 
 
 def test_an_average_on_the_cpu_is_the_same_average():
