@@ -1,17 +1,25 @@
-"""Time, memory, file size and error of a 4-bit SD1.5-size U-Net on the CPU, beside fp32 and beside other libraries.
+"""Time, memory, file size and error of a 4-bit SD1.5-size U-Net on the CPU, beside fp32.
 
-    python benchmarks/four_bit_speed.py [--threads 1] [--runs 5] [--python VENV/bin/python] [--work DIR]
+    python benchmarks/four_bit_speed.py [--threads 1 2] [--runs 7] [--size 32] [--work DIR]
 
-Random weights, 64x64 latents, one image. Writes docs/four_bit_speed.md and .json. Times of a forward are taken in turn
-in one process, so that whatever else the machine does meets all alike; memory is that of a process of its own.
-bitsandbytes and sdnq are compared layer by layer, in the Python given with --python (they are no requirement of ours:
-`python -m venv V && V/bin/pip install torch bitsandbytes sdnq`). "per call" is what ComfyUI-GGUF does: Q4_0 blocks,
-dequantized to fp32 by torch operations in each call.
+Random weights, one image. Writes docs/four_bit_speed.json and .md. Forwards are timed in turn in one process, so that
+whatever else the machine does meets all alike: a ratio is of two forwards of one turn, and quartiles over the turns
+are told. Memory is that of a process of its own, at one thread. What is measured is kept in --work: the same command
+goes on where it was stopped, and measures nothing twice.
+
+    fp32           torch's own layers
+    fp32, oneDNN   the same with linear layers through oneDNN where W4A16's go there: what the others are divided by
+    W4A16, W4A8    ours, with activations "float" and "auto"
+    Q4_0, W4A8     plain Q4_0 as a GGUF's reader holds it, "auto"
+    per call       Q4_0 blocks, dequantized to fp32 by torch operations in each call, as ComfyUI-GGUF does
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -21,26 +29,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--threads", type=int, default=1)
-parser.add_argument("--runs", type=int, default=5, help="timed runs of each; medians are reported")
-parser.add_argument("--python", default=sys.executable, help="one that has torch, bitsandbytes and sdnq")
-parser.add_argument("--work", type=Path, default=Path("/tmp/four_bit_speed"), help="5 GB of files, kept")
+parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+parser.add_argument("--runs", type=int, default=7, help="timed forwards of each")
+parser.add_argument("--size", type=int, default=32, help="side of the latent: an eighth of the picture's")
+parser.add_argument("--work", type=Path, default=ROOT / "runs/four_bit_speed", help="6 GB of files, kept")
 parser.add_argument("--out", type=Path, default=ROOT / "docs/four_bit_speed")
 parser.add_argument("--part", choices=["files", "memory", "times"], help=argparse.SUPPRESS)
 parser.add_argument("--variant", default="fp32", help=argparse.SUPPRESS)
 options = parser.parse_args()
-os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
 import torch  # noqa: E402
 from four_bit_layers import PerCall, to_q4_0  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from distill.packed import layers  # noqa: E402
+from distill.packed import cpu, layers, verify  # noqa: E402
+from distill.packed.formats import ggml, regroup  # noqa: E402
 from distill.packed.weight import group_for  # noqa: E402
 from distill.quantize.rounding import round_to_nearest  # noqa: E402
 
-VARIANTS = ["fp32", "W4A16", "W4A8", "per call"]
+BASE = "fp32, oneDNN"
+FILES = {"fp32": "fp32", BASE: "fp32", "W4A16": "W4", "W4A8": "W4", "Q4_0, W4A8": "Q4_0", "per call": "per call"}
+"""variant -> its file"""
 DENSE = ("conv_in", "conv_out")
 SDXL = dict(
     cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
@@ -64,43 +74,54 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def write_files() -> None:
-    """The same random weights as fp32, as our 4 bits (groups of 64, plain rounding) and as Q4_0."""
+    """The same random weights as fp32, as our 4 bits (groups of 64, plain rounding) and as Q4_0, held in two ways."""
     torch.manual_seed(0)
     model = unet("cpu")
     dense = model.state_dict()
-    ours, gguf = dict(dense), dict(dense)
+    ours, held, blocks = dict(dense), dict(dense), dict(dense)
     for name in quantizable(model):
-        w = ours.pop(f"{name}.weight")
+        w, key = dense[f"{name}.weight"], f"{name}.weight"
+        del ours[key], held[key]
         ours |= round_to_nearest(w, 4, group_for(w.shape[1], 64)).to_tensors(name)
-        gguf[f"{name}.weight"] = to_q4_0(w)
-    options.work.mkdir(parents=True, exist_ok=True)
-    for name, tensors in (("fp32", dense), ("W4", ours), ("per call", gguf)):
+        blocks[key] = to_q4_0(w)
+        held |= regroup.entries(key, tuple(w.shape), ggml.q4_0(blocks[key]), regroup.Told())
+    for name, tensors in (("fp32", dense), ("W4", ours), ("Q4_0", held), ("per call", blocks)):
         save_file(tensors, options.work / f"{name}.safetensors")
     small = {k: t.half() if t.is_floating_point() else t for k, t in ours.items()}
     save_file(small, options.work / "W4 as shared.safetensors")
-    options.work.joinpath("done").touch()
+
+
+class OneDNN(nn.Linear):
+    """A dense layer multiplied by what W4A16 multiplies with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        multiply = next(iter(cpu.multipliers().values()))
+        return multiply(x, self.weight, self.bias)
 
 
 def load(variant: str) -> nn.Module:
     model = unet()
-    tensors = load_file(options.work / f"{'W4' if variant.startswith('W4') else variant}.safetensors")
-    if variant.startswith("W4"):
-        tensors = layers.install(model, tensors)
+    tensors = load_file(options.work / f"{FILES[variant]}.safetensors")
+    if variant == BASE:
         for module in model.modules():
-            if isinstance(module, layers.QuantizedLayer):
-                module.activations = "float" if variant == "W4A16" else "auto"
+            module.__class__ = OneDNN if type(module) is nn.Linear else module.__class__
     elif variant == "per call":
         for name, module in quantizable(model).items():
             parent, _, child = name.rpartition(".")
             new = PerCall(module, tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None))
             setattr(model.get_submodule(parent), child, new)
+    elif variant != "fp32":
+        tensors = layers.install(model, tensors)
+        for module in model.modules():
+            if isinstance(module, layers.QuantizedLayer):
+                module.activations = "float" if variant == "W4A16" else "auto"
     model.load_state_dict(tensors, strict=False, assign=True)
     return model
 
 
 def forward(model: nn.Module) -> Tensor:
     g = torch.Generator().manual_seed(1)
-    x, words = torch.randn(1, 4, 64, 64, generator=g), torch.randn(1, 77, 768, generator=g)
+    x, words = torch.randn(1, 4, options.size, options.size, generator=g), torch.randn(1, 77, 768, generator=g)
     return model(x, torch.tensor([500]), words).sample
 
 
@@ -123,26 +144,27 @@ def memory(what: str) -> float:
 
 
 def measure_times() -> dict:
-    models = {v: load(v) for v in VARIANTS}
-    first, outputs, taken = {}, {}, {v: [] for v in VARIANTS}
+    """variant -> seconds (median), ratio to BASE (lower quartile, median, upper), error."""
+    models = {v: load(v) for v in FILES}
+    outputs, taken = {}, {v: [] for v in FILES}
     for run in range(-1, options.runs):
         for v, model in models.items():
             start = time.perf_counter()
             outputs[v] = forward(model)
-            first.setdefault(v, time.perf_counter() - start)
-            if run >= 0:
-                taken[v].append(time.perf_counter() - start)
+            taken[v] += [time.perf_counter() - start] * (run >= 0)  # not the first
     exact = outputs["fp32"]
-    ratios = {v: statistics.median(t / d for t, d in zip(taken[v], taken["fp32"])) for v in VARIANTS}
     return {
         v: {
             "seconds": statistics.median(taken[v]),
-            "ratio": ratios[v],
-            "first": first[v],
+            "ratio": quartiles([t / d for t, d in zip(taken[v], taken[BASE])]),
             "error": ((outputs[v] - exact).norm() / exact.norm()).item(),
         }
-        for v in VARIANTS
+        for v in FILES
     }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -158,30 +180,35 @@ def file_share(**config) -> float:
     return small / dense
 
 
-def common() -> list[str]:
-    return ["--threads", str(options.threads), "--runs", str(options.runs)]
+def part(name: str, variant: str = "fp32", threads: int = 1) -> dict:
+    """What a process of its own finds, or found before."""
+    told = {"part": name, "variant": variant, "threads": threads, "size": options.size, "runs": options.runs}
+    kept = options.work / f"{' '.join(map(str, told.values()))}.json"
+    if not kept.exists():
+        given = [str(word) for key, value in told.items() for word in (f"--{key}", value)]
+        command = [sys.executable, __file__, *given, "--work", str(options.work)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed ({done.returncode}).")
+        kept.write_text(done.stdout.splitlines()[-1])
+    return json.loads(kept.read_text())
 
 
-def part(name: str, variant: str = "fp32") -> dict:
-    work = ["--work", str(options.work), "--part", name, "--variant", variant]
-    return run([sys.executable, __file__, *common(), *work])
-
-
-def run(command: list[str]) -> dict:
-    """The JSON that a process prints last."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed ({done.returncode}).")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def per_forward(found: dict, way: str, over: list[str]) -> float:
-    """Seconds of all layers `over`, each as often as it occurs, in one way."""
-    return sum(found[k]["ms"][way] * found[k]["count"] for k in over) / 1e3
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
+def processor() -> dict:
+    """What decides how fast it is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16")
+    return {
+        "name": found.get("model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "torch sees": torch.backends.cpu.get_cpu_capability(),
+        "flags": [f for f in wanted if f in found.get("flags", "").split()],
+        "int8 is used": verify.integers_are_fast(),
+    }
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -189,46 +216,49 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def spread(ratio: list[float]) -> str:
+    return f"{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"
+
+
 def report(r: dict) -> str:
-    fp32 = r["memory"]["fp32"]
-    own = {v: (m["resident"] - m["before"], m["peak"] - m["before"]) for v, m in r["memory"].items()}
-    rows = [
-        [
-            v, number(r["times"][v]["ratio"]), number(r["times"][v]["seconds"], ".1f"),
-            number(r["times"][v]["first"], ".1f"), number(r["times"][v]["error"], ".3f"),
-            f"{m['resident']:.0f} MB", number(m["resident"] / fp32["resident"]), number(own[v][0] / own["fp32"][0]),
-            f"{m['peak']:.0f} MB", number(m["peak"] / fp32["peak"]), number(own[v][1] / own["fp32"][1]),
-        ]
-        for v, m in r["memory"].items()
-    ]  # fmt: skip
-    head = ["", "time / fp32", "seconds", "first call", "error", "resident", "/ fp32", "without libraries"]
-    text = "# 4 bits on the CPU: time, memory, error\n\n"
-    text += (
-        f"Made by `python benchmarks/four_bit_speed.py --threads {r['threads']}`: SD1.5's U-Net with random weights, "
-    )
-    text += f"64x64 latents, one image, {r['machine']}, torch {r['torch']}. Times in turn in one process, medians of "
-    text += f'{r["runs"]}. Memory of a process of its own; "without libraries" is less what it had before loading.\n\n'
-    text += table([*head, "peak", "/ fp32", "without libraries"], rows)
+    """The page: a row for each variant."""
+    c = r["cpu"]
+    how = f"--threads {' '.join(map(str, r['times']))} --runs {r['runs']} --size {r['size']}"
+    text = f"# 4 bits on the CPU: time, memory, error\n\nMade by `python benchmarks/four_bit_speed.py {how}`: SD1.5's "
+    text += f"U-Net with random weights, one image; {c['name']}, {c['cores']} cores ({', '.join(c['flags'])}), torch "
+    text += f"{r['torch']}. Forwards in turn, {r['runs']} of each: median (quartiles) of their time over that of "
+    text += f"*{BASE}* in the same turn. Memory without the libraries.\n\n"
+    heads = [f"{n} thread{'s' * (n > 1)}: time / {BASE}" for n in r["times"]]
+    base = {k: r["memory"][BASE][k] - r["memory"][BASE]["before"] for k in ("resident", "peak")}
+    rows = []
+    for v, m in r["memory"].items():
+        times = [t[v] for t in r["times"].values()]
+        share = [f"{(m[k] - m['before']) / base[k]:.2f}" for k in ("resident", "peak")]
+        rows.append([v, *(spread(t["ratio"]) for t in times), *share, f"{times[0]['error']:.3f}"])
+    text += table(["", *heads, "resident / fp32", "peak / fp32", "error"], rows)
     text += f"\nFile at 4 bits in groups of 64, over fp16: SD1.5 {r['files']['sd15']:.3f} (written), "
-    text += f"SDXL {r['files']['sdxl']:.3f} (arithmetic).\n\n## Layer by layer, milliseconds\n\n"
+    text += f"SDXL {r['files']['sdxl']:.3f} (arithmetic).\n"
+    return text + layer_by_layer(json.loads((ROOT / "docs/four_bit_layers.json").read_text()))
+
+
+def layer_by_layer(r: dict) -> str:
+    """What benchmarks/four_bit_layers.py found, milliseconds."""
     ways = list(next(iter(r["layers"].values()))["ms"])
-    rows = [[k, str(v["count"]), *(number(v["ms"][w], ".1f") for w in ways)] for k, v in r["layers"].items()]
-    for words, keys in (
-        ("all, as often as they occur, s", list(r["layers"])),
-        ("linear ones, s", [k for k in r["layers"] if k.startswith("linear")]),
-    ):
-        whole = [w if all(r["layers"][k]["ms"][w] is not None for k in keys) else None for w in ways]
-        rows.append([words, "", *(number(w and per_forward(r["layers"], w, keys)) for w in whole)])
-    return text + table(["layer", "times", *ways], rows)
+    text = "\n## Layer by layer, milliseconds\n\nMade by `python benchmarks/four_bit_layers.py` at "
+    text += f"{r['machine']}, torch {r['torch']}; *fp32* is torch's own layer.\n\n"
+    rows = []
+    for name, layer in r["layers"].items():
+        ms = [layer["ms"][w] for w in ways]
+        rows.append([name, str(layer["count"]), *("-" if t is None else f"{t:.1f}" for t in ms)])
+    return text + table(["layer", "times in SD1.5", *ways], rows)
 
 
 def main() -> None:
-    if not (options.work / "done").exists():
-        part("files")
-    result = {"threads": options.threads, "runs": options.runs, "torch": torch.__version__, "machine": processor()}
-    result["memory"] = {v: part("memory", v) for v in VARIANTS}
-    result["times"] = part("times")
-    result["layers"] = run([options.python, str(ROOT / "benchmarks/four_bit_layers.py"), *common()])
+    options.work.mkdir(parents=True, exist_ok=True)
+    part("files")
+    result = {"runs": options.runs, "size": options.size, "torch": torch.__version__, "cpu": processor()}
+    result["memory"] = {v: part("memory", v) for v in FILES}
+    result["times"] = {threads: part("times", threads=threads) for threads in options.threads}
     fp16 = sum(2 * p.numel() for p in unet().parameters())
     written = (options.work / "W4 as shared.safetensors").stat().st_size
     result["files"] = {"sd15": written / fp16, "sd15 by arithmetic": file_share(), "sdxl": file_share(**SDXL)}
@@ -237,15 +267,8 @@ def main() -> None:
     print(report(result))
 
 
-def processor() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{options.threads} thread{'s' * (options.threads > 1)} of {names[0] if names else 'a CPU'}"
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads[0])
     with torch.no_grad():
         if options.part == "files":
             write_files()
