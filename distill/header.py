@@ -15,6 +15,8 @@ STRANGERS = (
     (b"\x89HDF", "an HDF5 file"),
 )
 """first bytes -> what such a file is"""
+LORA = "onestep.lora"
+"""in the metadata of files that `file.lora` wrote"""
 LONGEST = 100_000_000
 """bytes of a header: the format's own limit"""
 MOST = 200_000

@@ -16,6 +16,7 @@ from .transformer import Transformer
 class Sana(Transformer):
     """Conditions: {"encoder_hidden_states": (B, L, D), "encoder_attention_mask": (B, L)}."""
 
+    comfy_loras = False
     stored = torch.bfloat16
 
     def encode(self, prompts: list[str]) -> Cond:

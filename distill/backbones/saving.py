@@ -29,6 +29,8 @@ class Saving:
     main: str
     in_comfyui = False
     """Whether there are OneStep files of this family, for OneStep Load Student. Others are diffusers folders."""
+    comfy_loras = True
+    """Whether ComfyUI's LoraLoader knows the layers of this family's nets."""
     stored = torch.float16
     """In what a student's weights are stored."""
     parts: dict[str, nn.Module]

@@ -67,8 +67,9 @@ def run(o: Export) -> Path:
 
 def write_lora(o: Export, dtype: torch.dtype) -> Path:
     """A LoRA of a LoRA, under other names, or of full weights."""
-    from ..backbones import load
+    from ..backbones import FAMILIES, family, load
     from ..file import lora
+    from ..header import CheckpointError
     from ..tutorial.bundled import find
     from .console import base_of
 
@@ -79,6 +80,9 @@ def write_lora(o: Export, dtype: torch.dtype) -> Path:
         model = load(path)
         base = load(base_of(o.base, model.meta.teacher, f"{path} has full weights"))
         held = lora.of_student(extract(o, base.net, model.net), base.name, model.main, model.meta)
+    kind = held.said["family"]
+    if o.format == "lora" and not (kind in FAMILIES and family(kind).comfy_loras):
+        raise CheckpointError(f"{path}: ComfyUI's LoraLoader knows no {kind!r}. Export it as lora-diffusers.")
     named = {"lora": lora.comfy_names, "lora-diffusers": lora.peft_names}[o.format]
     return lora.write(o.out, held, named, dtype)
 

@@ -28,8 +28,7 @@ FIELDS = (
 
 def run(o: Info) -> None:
     """Print it. Raises CheckpointError for what is no sound safetensors file."""
-    from ..file.metadata import LORA
-    from ..header import CheckpointError, read_header
+    from ..header import LORA, CheckpointError, read_header
     from ..tutorial.bundled import find
 
     path = find(o.model)

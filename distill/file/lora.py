@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import Folded
-from ..header import CheckpointError, read_header
+from ..header import LORA, CheckpointError, read_header
 from .checkpoint import store
-from .metadata import LORA as MARK
 from .metadata import Metadata
 
 FIELDS = (
@@ -47,7 +46,7 @@ class LoraFile:
     def strings(self) -> dict[str, str]:
         """The file's metadata."""
         numbers = {"rank": str(self.adapters.rank), "alpha": f"{self.adapters.alpha:g}"}
-        return {MARK: "1", "base": self.base, "part": self.part, **numbers, **self.said}
+        return {LORA: "1", "base": self.base, "part": self.part, **numbers, **self.said}
 
 
 def of_student(adapters: Folded, base: str, part: str, meta: Metadata) -> LoraFile:
@@ -58,7 +57,7 @@ def of_student(adapters: Folded, base: str, part: str, meta: Metadata) -> LoraFi
 def is_lora(path: Path) -> bool:
     """Whether this is a LoRA that OneStep wrote. Raises CheckpointError for a damaged safetensors file."""
     named = path.suffix == ".safetensors" and path.is_file()
-    return named and MARK in read_header(path).get("__metadata__", {})
+    return named and LORA in read_header(path).get("__metadata__", {})
 
 
 Named = Callable[[LoraFile], tuple[dict[str, Tensor], dict[str, str]]]
@@ -75,7 +74,7 @@ def read(path: str | Path) -> LoraFile:
     from safetensors.torch import load_file
 
     strings = read_header(path).get("__metadata__", {})
-    for name in (MARK, "base", "part", "rank", "alpha", *FIELDS):
+    for name in (LORA, "base", "part", "rank", "alpha", *FIELDS):
         if name not in strings:
             raise CheckpointError(f"{path}: no sound LoRA of OneStep: its metadata lacks {name!r}. {CURE}")
     try:
@@ -106,5 +105,5 @@ def comfy_names(held: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         name = f"lora_unet_{layer.replace('.', '_')}"
         named |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         named[f"{name}.alpha"] = torch.tensor(float(len(down)))
-    strings = {k: v for k, v in held.strings().items() if k not in (MARK, "alpha")}
+    strings = {k: v for k, v in held.strings().items() if k not in (LORA, "alpha")}
     return named, strings | {"ss_network_module": "networks.lora", "ss_network_dim": strings["rank"]}

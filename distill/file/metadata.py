@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 
-from ..header import CheckpointError, read_header
+from ..header import LORA, CheckpointError, read_header
 from ..schedule import from_spec
 from .rules import Wrong, need
 from .schema import FIELDS, PARTS, agree, deepest
 
 VERSION = 1
-LORA = "onestep.lora"
-"""Marks a file that `file.lora` wrote."""
 CURE = "Download the file again, or make it again with `distill train` or OneStep Quantize."
 
 

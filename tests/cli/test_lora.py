@@ -1,5 +1,6 @@
 """A LoRA student from the command line: trained, sampled, gone on with, and exported in every form."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,11 @@ def test_what_cannot_be_written_is_told_in_a_line(folder, student, tmp_path, cap
     assert "add --force" in capsys.readouterr().err and (tmp_path / "there.safetensors").read_bytes() == b"mine"
     assert call("export", "student", tmp_path / "a", "--format", "diffusers") == 2
     assert "diffusers does not know its autoencoder" in capsys.readouterr().err
+
+
+def test_a_lora_of_a_family_that_comfyui_does_not_know_is_refused_its_names(student, tmp_path, capsys):
+    held = lora.read(student)
+    other = lora.write(tmp_path / "s.safetensors", replace(held, said=held.said | {"family": "sana"}))
+    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora") == 2
+    assert "ComfyUI's LoraLoader knows no 'sana'. Export it as lora-diffusers" in capsys.readouterr().err
+    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora-diffusers") == 0

@@ -43,7 +43,7 @@ def published(said: dict) -> dict:
     keys = {key if isinstance(key, str) else key[0] for key in found}
     unknown = sorted(keys - model.state_dict().keys())
     family = type(config).__name__
-    return {"family": family, "layers": said["layers"], "patched": len(keys), "unused": unused, "unknown": unknown}
+    return {"family": family, "layers": said["layers"], "patched": len(found), "unused": unused, "unknown": unknown}
 
 
 def picture(model, clip) -> torch.Tensor:

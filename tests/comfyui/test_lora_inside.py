@@ -9,7 +9,7 @@ import torch
 from server import PACK, environment
 
 from distill.adapters import Folded, Lora, adaptable, of
-from distill.backbones import load
+from distill.backbones import comfy_names, load
 from distill.backbones.adapted import adapted
 from distill.backbones.skeleton import skeleton
 from distill.file import lora
@@ -31,18 +31,40 @@ PUBLISHED = {
 """ComfyUI's name of the family, and the published U-Net's configuration beside diffusers' defaults."""
 
 
-def published(config):
-    """A U-Net's names and shapes in ComfyUI's layout, and those of a LoRA on all its layers."""
+def unet(config):
+    """A published U-Net without memory, and its weights in ComfyUI's layout."""
     from diffusers import UNet2DConditionModel
 
     net = skeleton(lambda: UNet2DConditionModel(**config))
+    return net, unet_to_ldm(net.state_dict(), net.config)
+
+
+def transformers():
+    """(ComfyUI's name of the family, a published transformer without memory, its weights in ComfyUI's layout)."""
+    from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+
+    wide = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    made = {
+        "SD3": (lambda: SD3Transformer2DModel(**wide), comfy_names.sd3(24), {}),
+        "Flux": (lambda: FluxTransformer2DModel(guidance_embeds=True), comfy_names.flux(), {}),
+        "PixArtAlpha": (
+            lambda: PixArtTransformer2DModel(caption_channels=4096), comfy_names.pixart(),
+            {"y_embedder.y_embedding": torch.empty(120, 4096, device="meta")},
+        ),
+    }  # fmt: skip
+    for family, (make, names, more) in made.items():
+        net = skeleton(make)
+        yield family, net, comfy_names.rename(net.state_dict(), names) | more
+
+
+def published(net, weights, part):
+    """Names and shapes in ComfyUI's layout, and those of a LoRA on all layers."""
     tensors = {}
     for name, layer in adaptable(net).items():
         out, *rest = layer.weight.shape
         tensors[f"{name}.lora_A.weight"] = torch.empty(1, *rest, device="meta")
         tensors[f"{name}.lora_B.weight"] = torch.empty(out, 1, *[1] * len(rest[1:]), device="meta")
-    named, _ = lora.comfy_names(lora.LoraFile(Folded(tensors, 1, 1.0), "base", "unet", {}))
-    weights = unet_to_ldm(net.state_dict(), net.config)
+    named, _ = lora.comfy_names(lora.LoraFile(Folded(tensors, 1, 1.0), "base", part, {}))
     return {"layers": len(adaptable(net))} | {
         what: {k: list(v.shape) for k, v in held.items()} for what, held in (("weights", weights), ("lora", named))
     }
@@ -64,7 +86,9 @@ def write_student(folder):
 @pytest.fixture(scope="module")
 def results(comfyui, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
-    (folder / "published.json").write_text(json.dumps({name: published(config) for name, config in PUBLISHED.items()}))
+    found = {name: published(*unet(config), "unet") for name, config in PUBLISHED.items()}
+    found |= {name: published(net, weights, "transformer") for name, net, weights in transformers()}
+    (folder / "published.json").write_text(json.dumps(found))
     write_student(folder)
     command = [comfyui[1], str(PACK / "tests/comfyui/lora_inside.py"), str(folder)]
     done = subprocess.run(command, cwd=comfyui[0], env=environment(), capture_output=True, text=True, timeout=900)
@@ -72,7 +96,7 @@ def results(comfyui, tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("family", [*PUBLISHED, "SD3", "Flux", "PixArtAlpha"])
 def test_every_key_finds_its_layer(results, family):
     found = results["published"][family]
     assert found["family"] == family and found["unused"] == [] and found["unknown"] == []
