@@ -20,7 +20,8 @@ from .transformer import Transformer
 
 class Flux(Transformer):
     """Conditions: {"encoder_hidden_states": (B, L, D), "pooled_projections": (B, P)}, and dev's "guidance" (B,), as
-    metadata's guidance.embedded says. Guidance by a second call is diffusers' true_cfg_scale, by default 1."""
+    metadata's guidance.embedded says, by default that of the pipeline. Guidance by a second call is diffusers'
+    true_cfg_scale, by default 1."""
 
     stored = torch.bfloat16
 
@@ -43,8 +44,10 @@ class Flux(Transformer):
         self.need_parts("text_encoder", "text_encoder_2")
         embeddings, pooled, _ = self.encode_prompt(prompts)
         cond = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
-        if "embedded" in self.meta.guidance:
-            cond["guidance"] = torch.full((len(prompts),), self.meta.guidance["embedded"], device=self.device)
+        if self.net.config.guidance_embeds:
+            default = inspect.signature(self.pipeline.__call__).parameters["guidance_scale"].default
+            scale = float(self.meta.guidance.get("embedded", default))
+            cond["guidance"] = torch.full((len(prompts),), scale, device=self.device)
         return cond
 
     def call(self, net: nn.Module, x: Tensor, index: Tensor, cond: Cond) -> Tensor:

@@ -1,5 +1,7 @@
 """What only transformers have: encoders that are absent, sizes that are told, tokens. The rest is in test_families."""
 
+from dataclasses import replace
+
 import families
 import pytest
 import tiny_transformers
@@ -86,6 +88,8 @@ def test_flux_reads_its_guidance_and_its_shift(folders):
     dev, schnell = load(folders["flux"]), load(folders["schnell"])
     assert dev.meta.guidance == {"scale": 1.0, "baked": False, "embedded": 3.5} and dev.meta.steps == 28
     assert dev.meta.schedule["shift"] == pytest.approx(2.718281828**1.15)
+    assert dev.encode(PROMPTS)["guidance"].tolist() == [3.5, 3.5]
+    dev.meta = replace(dev.meta, guidance={"scale": 1.0, "baked": True})
     assert dev.encode(PROMPTS)["guidance"].tolist() == [3.5, 3.5]
     assert schnell.meta.guidance == {"scale": 1.0, "baked": False} and schnell.meta.steps == 4
     assert schnell.meta.schedule["shift"] == 1 and "guidance" not in schnell.encode(PROMPTS)
