@@ -194,7 +194,7 @@ assert max(paths["coach quick"]) < 2.15 and max(paths["coach slow"]) > 2.3
 # %% [markdown]
 # ## Guidance
 #
-# A *prompt* $c$ tells the teacher what to draw. *Guidance* with weight $w$ exaggerates it:
+# From here on $c$ is a *prompt*, which tells the teacher what to draw, and no longer the coach's mean. *Guidance* with weight $w$ exaggerates it:
 #
 # $$ D_w = D(\text{no prompt}) + w\,\bigl(D(c) - D(\text{no prompt})\bigr) $$
 #

@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/onestep-diffusion/onestep/blob/main/notebooks/09_your_own_student.ipynb)
 #
-# **You will learn** to distill a Stable Diffusion: from a `diffusers` folder to a one-step file, with a coach of low
-# rank; what to watch; what it costs in memory; and how to take the result to ComfyUI and to `diffusers`.
+# **You will learn** to distill a Stable Diffusion: from a `diffusers` folder to a one-step file, with coach
+# and student of low rank; what to watch; what it costs in memory; and how to take the result to ComfyUI and to `diffusers`.
 #
 # **You need** [chapter 5](05_the_coach.ipynb). **Time:** 2 minutes to run, 25 to read. A last section runs the same lines
 # on a real Stable Diffusion, if you have a GPU.
@@ -107,15 +107,20 @@ assert gain > 14
 #
 # The coach is the teacher with *adapters*: beside each layer's table of weights $W$ stand two thin ones, $B$ and $A$, and
 # the layer computes $W x + B A x$. Only they are trained (LoRA, low-rank adaptation). At the start $B = 0$: the coach is
-# the teacher. One set of large weights serves both; that is what makes it fit.
+# the teacher. The student may have adapters, too, as here. Then one set of large weights serves all three; that is what
+# makes it fit.
 
 
 # %%
+from distill.student import StudentOptions
+
+
 def begin(lr):
     options = distill.VSDOptions(coach="lora", rank=8, guidance=2.0, guide="both", lr=lr, coach_lr=1e-3)
     batches = distill.prompt_batches(teacher, ["a cat", "a dog", "a red house, at night", "the sea"], batch_size=4)
     training = distill.TrainOptions(steps=widgets.size(40, 8), ema=0.95, max_spread=100)  # 10 is for nets that learned
-    return distill.train_student(teacher, options, batches, training, out=room / f"run-{next(counter)}")
+    form = StudentOptions(student="lora", student_rank=8)
+    return distill.train_student(teacher, options, batches, training, room / f"run-{next(counter)}", student=form)
 
 
 from itertools import count
@@ -166,6 +171,7 @@ lora = sum(64 * (m.weight[0].numel() + m.weight.shape[0]) for m in layers)
 few = sum(64 * sum(m.weight.shape) for n, m in sd.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0")))
 GB = 1e9 / 4  # weights of four bytes in a gigabyte
 rows = {"teacher, frozen": full / GB, "student, trained, with its average": 5 * full / GB}
+rows["student, LoRA of rank 256 everywhere"] = 5 * 4 * lora / GB
 rows |= {
     "coach, a copy": 4 * full / GB,
     "coach, LoRA everywhere": 4 * lora / GB,
@@ -181,23 +187,26 @@ question.check("under a fifth" if share < 0.2 else "a third" if share < 0.4 else
 assert abs(full / 1e6 - 860) < 1
 
 # %% [markdown]
-# In 32 bits, without the pictures' own memory. Cures when it does not fit, in this order: a LoRA coach; a small batch with
+# In 32 bits, without the pictures' own memory. Cures when it does not fit, in this order: a LoRA coach; a LoRA student; a small batch with
 # `accumulate`; `precision="bf16"`; gradient checkpointing (chapter 11); no average (`ema=None`). In the tutorial world
 # adapters on attention alone could *not* follow the student: its coach's loss rose. Start with all layers.
 #
 # ## Take it away
 #
-# Three forms of the same student: OneStep's own file, which knows how it must be called; a folder for `diffusers`; and
-# pictures as proof that they agree.
+# Add the adapters to the weights, and there are two forms of the same student: OneStep's own file, which knows how it must
+# be called, and a folder for `diffusers`. Both must give the latent that the trained net gives. (`distill export` writes
+# these and more, small LoRA files among them.)
 
 # %%
-net = last.ema
+from distill import adapters
+
+net = adapters.merged(teacher.net, adapters.of(last.ema))
 file = teacher.save_student(room / "student.safetensors", net, method="vsd", dtype=torch.float32)
 again = distill.load(file)
 z = torch.randn(teacher.shape(1), generator=torch.Generator().manual_seed(1))
 cond = teacher.encode(["a cat"])
 with torch.no_grad():
-    here = distill.one_step(teacher.wrap(net), teacher.time())(z, cond)
+    here = distill.one_step(teacher.wrap(last.ema), teacher.time())(z, cond)  # adapters beside the weights
     there = again.latents(z, again.encode(["a cat"]))
 print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB, steps {again.meta.steps}, guidance baked in")
 print(f"the latent from the file differs by {(here - there).abs().max():.1e} of {here.abs().max():.1f}")

@@ -36,7 +36,7 @@ def lab(tmp_path_factory):
     with (folder / "lab.log").open("wb") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, env=os.environ | setting, stdout=log, stderr=log)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(f"{url}/api", timeout=5).read()
@@ -67,13 +67,10 @@ class Chapter:
     def __init__(self, browser, lab: str, name: str, screenshots):
         self.name, self.screenshots = name, screenshots
         self.page = browser.new_page(viewport={"width": 1500, "height": 1100})
-        self.page.set_default_timeout(240_000)
+        self.page.set_default_timeout(400_000)
         self.page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        self.page.wait_for_function(
-            "() => /Idle/.test(document.querySelector('.jp-Notebook-ExecutionIndicator')?.title + "
-            "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status + 'Idle')"
-        )
+        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
 
     def run_all(self):
         """Run all cells."""
