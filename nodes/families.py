@@ -1,18 +1,21 @@
-"""Which recipe a MODEL wants: told by the user, by its OneStep file, or by the names of the files it was made of."""
+"""Which recipe a MODEL wants: told by the user, by what OneStep wrote into its file, or by its files' names."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..distill.file.metadata import Metadata, described
 from ..distill.recipes.recipe import Recipe, find, of_file, recipes
 from .recipe import KEY, FewStepSampler, levels, patched
 
 AUTO = "auto"
 HIDDEN = [io.Hidden.unique_id, io.Hidden.dynprompt]
+FOLDERS = ("checkpoints", "diffusion_models", "loras")
 ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
@@ -66,20 +69,38 @@ def prepare(model: ModelPatcher, family: str = AUTO, steps: int = 0, hidden=None
         recipe, why = of_file(meta), "what its file says"
         usual = 1 if least else recipe.steps
     else:
-        names = files(hidden)
-        found = find(names, base)
-        if found is None:
-            seen = f"The files it comes from are {', '.join(names)}. " if names else ""
-            raise ValueError(
-                f"This MODEL has no OneStep recipe. {seen}Choose its family on the node, load it with OneStep Load "
-                "Student if it is a OneStep file, or sample it with KSampler instead."
-            )
-        recipe, name, usual = found
+        recipe, name, usual = search(files(hidden), base)
         why = f"told by {name}"
     steps = steps or usual
     changed = patched(model, recipe)
     sigmas = levels(recipe, steps, changed.get_model_object("model_sampling"))
     return Prepared(changed, FewStepSampler.of(recipe), sigmas, recipe, describe(recipe, steps, why))
+
+
+def search(names: list[str], base: str) -> tuple[Recipe, str, int]:
+    """The nearest file that tells a recipe, by what OneStep wrote into it or by its name: (recipe, file, steps)."""
+    for name in names:
+        meta = written(name)
+        if meta is not None:
+            return of_file(meta), name, meta.steps
+        found = find([name], base)
+        if found is not None:
+            return found
+    found = find([], base)
+    if found is None:
+        seen = f"The files it comes from are {', '.join(names)}. " if names else ""
+        raise ValueError(
+            f"This MODEL has no OneStep recipe. {seen}Choose its family on the node, load it with OneStep Load "
+            "Student if it is a OneStep file, or sample it with KSampler instead."
+        )
+    return found
+
+
+def written(name: str) -> Metadata | None:
+    """What OneStep wrote into a file of ComfyUI's folders: a student may be in a file for ComfyUI's own loaders."""
+    paths = (folder_paths.get_full_path(folder, name) for folder in FOLDERS)
+    path = next((p for p in paths if p is not None and p.endswith((".safetensors", ".sft"))), None)
+    return path and described(path)
 
 
 def named_steps(recipe: Recipe, base: str, hidden) -> int:

@@ -133,6 +133,17 @@ class Metadata:
         need(bool(sound), "schedule", self.schedule, "one whose noise grows and stays finite")
 
 
+def described(path: str | Path) -> Metadata | None:
+    """What a safetensors file says of how it is called, where OneStep wrote it, for whatever loader; else None.
+
+    Raises CheckpointError where that cannot be.
+    """
+    strings = read_header(path).get("__metadata__", {})
+    if not {"prediction", "schedule", "t_in", "latent", "architecture"} <= strings.keys():
+        return None
+    return Metadata.from_strings({"onestep.version": str(VERSION)} | strings, path)
+
+
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 

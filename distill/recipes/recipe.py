@@ -155,6 +155,7 @@ def of_file(meta: Metadata) -> Recipe:
         allowed="1-1000",
         times=times,
         step="euler" if teacher else "renoise",
+        prediction="x0" if meta.prediction == "x0" else "the base model's",
         guidance=scale if teacher else 1.0,
         negative="Read." if teacher else "Not read: guidance is in the weights.",
         licence=meta.license,

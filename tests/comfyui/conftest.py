@@ -21,11 +21,17 @@ MODELS = {
     "kl.safetensors": {"vae": "kl"},
     "pad.safetensors": {"pad": "<other>"},
     "latent.safetensors": {"latent": tiny.LATENT | {"scale": 0.5, "shift": 0.1}},
+    "foreign.safetensors": {"prediction": "eps", "t_in": 999, "schedule": tiny.DDPM | {"shift": 1.0}},
 }
-# Nodes that only these tests have: a MODEL as if another loader had made it, one during whose sampling the user presses
-# Cancel, and one whose weights ComfyUI loaded again for itself.
+# Nodes that only these tests have: a MODEL as if another loader had made it, the same of a file by any name, one during
+# whose sampling the user presses Cancel, and one whose weights ComfyUI loaded again for itself.
 HELPERS = """
+    import sys
+    from importlib import import_module
+    from pathlib import Path
+
     import comfy.model_management
+    import folder_paths
     from comfy.patcher_extension import WrappersMP
     from comfy_api.latest import ComfyExtension, io
 
@@ -37,6 +43,19 @@ HELPERS = """
         @classmethod
         def execute(cls, model):
             model = model.clone()
+            model.remove_attachments("onestep")
+            return io.NodeOutput(model)
+
+    class Foreign(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema("TestForeign", inputs=[io.String.Input("file")], outputs=[io.Model.Output()])
+
+        @classmethod
+        def execute(cls, file):
+            pack = next(name for name in sys.modules if name.endswith("onestep-nodes"))
+            path = Path(folder_paths.get_full_path("diffusion_models", "foreign.safetensors"))
+            model = import_module(pack + ".nodes.native").load(path, [])[0]
             model.remove_attachments("onestep")
             return io.NodeOutput(model)
 
@@ -72,7 +91,7 @@ HELPERS = """
 
     class Extension(ComfyExtension):
         async def get_node_list(self):
-            return [Stranger, Cancelled, Reloaded]
+            return [Stranger, Foreign, Cancelled, Reloaded]
 
     async def comfy_entrypoint():
         return Extension()

@@ -1,27 +1,27 @@
 """OneStepRecipe and OneStepSample through ComfyUI's API: which recipe they take, and what they say."""
 
 import pytest
-import tiny
 import torch
-from graphs import SEED, load, one_step, save, scheduled
+from graphs import SEED, load, save, scheduled
 from safetensors.torch import save_file
 from server import node
 
-EPS = {"prediction": "eps", "t_in": 999, "schedule": tiny.DDPM | {"shift": 1.0}}
+from distill.header import read_header
 
 
 @pytest.fixture(scope="module")
 def files(server, folder):
-    """Models whose only word about themselves is their name, in ComfyUI's folders."""
-    for name in ("dmd2_sdxl_4step_unet", "nameless", "sdxl_lightning_8step"):
-        tiny.write(folder / f"{name}.safetensors", **EPS)
+    """Two LoRAs whose only word about themselves is their name, and a student in a file for ComfyUI's own loaders."""
     for name in ("sdxl_lightning_2step_lora", "ink_lora"):
         save_file({}, server.base / f"models/loras/{name}.safetensors")
+    said = read_header(folder / "foreign.safetensors")["__metadata__"] | {"t_in": "399", "steps": "2"}
+    del said["onestep.version"]
+    save_file({}, folder / "exported.safetensors", said)
 
 
 def stranger(file: str, loras: dict[str, float] | None = None, **recipe) -> dict:
-    """A MODEL as another loader would have made it, through LoRAs (file -> strength), into our nodes."""
-    graph, last = load(file) | {"other": node("TestStranger", model=["load", 0])}, "other"
+    """A MODEL from another loader of a file of that name, through LoRAs (file -> strength), into our nodes."""
+    graph, last = load("foreign.safetensors") | {"other": node("TestForeign", file=f"{file}.safetensors")}, "other"
     for name, strength in (loras or {}).items():
         graph[name] = node("LoraLoaderModelOnly", model=[last, 0], lora_name=name, strength_model=strength)
         last = name
@@ -50,11 +50,12 @@ def stranger(file: str, loras: dict[str, float] | None = None, **recipe) -> dict
         ("dmd2_sdxl_4step_unet", {"sdxl_lightning_2step_lora.safetensors": 0.0}, {}, "DMD2 SDXL, 4 steps (told by"),
         ("nameless", {}, {"family": "dmd2-sdxl-1step"}, "DMD2 SDXL, 1 step (chosen): 1 step at 399; CFG 1."),
         ("sdxl_lightning_8step", {}, {"family": "sdxl-lightning"}, "SDXL-Lightning (chosen): 8 steps at 999, 874,"),
+        ("exported", {}, {}, "OneStep file (vsd) (told by exported.safetensors): 2 steps at 399, 200; CFG 1."),
         ("sdxl_lightning_8step", {}, {"steps": 4}, "SDXL-Lightning (told by sdxl_lightning_8step.safetensors): 4 s"),
     ],
 )  # fmt: skip
 def test_the_recipe_is_told_and_both_nodes_take_it(client, files, file, loras, recipe, told):
-    run = client.run(stranger(f"{file}.safetensors", loras, **recipe))
+    run = client.run(stranger(file, loras, **recipe))
     assert not run.errors, run.errors
     assert run.outputs["recipe"]["text"][0].startswith(told)
     assert ("preview", "recipe") in run.events  # the text, for the page
@@ -82,12 +83,10 @@ def test_a_file_of_ours_says_its_own(client):
     ],
 )
 def test_what_cannot_be_is_refused(client, files, recipe, said):
-    run = client.run(stranger("nameless.safetensors", **recipe))
+    run = client.run(stranger("nameless", **recipe))
     assert said in run.errors[next(iter(run.errors))]
 
 
 def test_guidance_is_not_left_out_in_silence(client, files):
-    graph = one_step("nameless.safetensors", model=("other", 0)) | {"other": node("TestStranger", model=["load", 0])}
-    graph["sample"]["inputs"]["family"] = "hyper-sdxl-cfg"
-    said = client.run(graph).errors["sample"]
+    said = client.run(stranger("nameless", family="hyper-sdxl-cfg")).errors["sample"]
     assert "Hyper-SD SDXL, guidance kept wants guidance (CFG 5)" in said and "CFGGuider" in said
