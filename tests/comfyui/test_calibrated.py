@@ -61,19 +61,23 @@ def picture(client, loader: dict) -> torch.Tensor:
 
 
 def test_a_connected_model_is_run_and_rounded_better(client, server, foreign):
-    """Under diffusers' names in its file."""
-    before, file = len(server.log), "shaped-diffusers.safetensors"
+    before, file = len(server.log), "shaped.safetensors"
     run = client.run(graph(file, name="seen", method="awq"))
     assert not run.errors, run.errors
     said = run.outputs["quantize"]["text"][0]
     assert "calibrated on 2 prompts at 2 steps, in ComfyUI" in said and "method awq" in said
     assert "never ran" not in server.log[before:]
-    seen = load_file(foreign / "seen.safetensors")
-    assert sum(k.endswith(".pre_quant_scale") for k in seen) > 10
     assert not client.run(quantize(file, name="blind", method="rtn")).errors
-    exact = picture(client, load_4bit("shaped.safetensors"))
+    exact = picture(client, load_4bit(file))
     errors = [relative(picture(client, load_4bit(f"{how}.safetensors")), exact) for how in ("seen", "blind")]
     assert 0 < errors[0] < errors[1] < 0.5, errors
+
+
+def test_a_file_in_diffusers_names_is_known_by_them(client, server, foreign):
+    before = len(server.log)
+    run = client.run(graph("shaped-diffusers.safetensors", name="smooth", method="smoothquant", bits="8"))
+    assert "in ComfyUI" in run.outputs["quantize"]["text"][0] and "never ran" not in server.log[before:]
+    assert sum(k.endswith(".pre_quant_scale") for k in load_file(foreign / "smooth.safetensors")) > 10
 
 
 @pytest.mark.parametrize(
