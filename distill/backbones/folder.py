@@ -49,8 +49,9 @@ def index(path: Path) -> dict[str, Any]:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether it can be a model's name at the Hugging Face hub, org/model; a path that is there is none."""
-    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+    """Whether it can be a model's name at the Hugging Face hub, org/model: no path that is there, no file."""
+    like = re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", str(name))
+    return like is not None and not Path(name).exists()
 
 
 def from_hub(name: str) -> Path:

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 import tiny
+
+from distill.backbones.folder import is_hub_name
 
 OPEN = """
 import sys
@@ -17,6 +20,17 @@ for name in sys.argv[1:]:
     except CheckpointError as e:
         print(e)
 """
+
+
+@pytest.mark.parametrize(
+    "name, is_one",
+    [("org/model-1.5_x", True), ("org/a.safetensors", False), ("org/a.gguf", False), ("a", False), ("/a/b", False),
+     ("a/b/c", False), ("here/model", False)],
+)  # fmt: skip
+def test_what_is_a_name(tmp_path, monkeypatch, name, is_one):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here/model").mkdir(parents=True)
+    assert is_hub_name(name) == is_one
 
 
 def test_names_are_found_in_the_cache_and_told_where_they_are_not(tmp_path):
