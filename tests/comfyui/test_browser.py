@@ -9,7 +9,8 @@ import mutants
 import pytest
 import tiny
 import torch
-from server import PACK
+from graphs import scheduled
+from server import PACK, node
 
 from distill.file.workflow import student_graph
 
@@ -36,6 +37,8 @@ DRAWN = """() => [...document.querySelectorAll('[data-node-id]')].map(node => {
     const box = node.getBoundingClientRect();
     return [node.innerText.split("\\n")[0], box.left, box.top, box.right, box.bottom];
 })"""
+TOLD = """window.app.graph.nodes.find(n => n.type === "OneStepRecipe")
+    ?.widgets.find(w => w.name === "$$node-text-preview")?.value"""
 NAMES = sorted(p.stem for p in (PACK / "workflows").glob("*.json"))
 VISIBLE = "() => [...document.querySelectorAll('[role=dialog], [role=alert]')].map(e => e.innerText).join(' / ')"
 
@@ -120,6 +123,26 @@ def test_a_students_file_opens_its_own_graph(page, folder):
     drop_and_run(page, path, graph)
     loader = "window.app.graph.nodes.find(n => n.type === 'OneStepLoadStudent').widgets[0].value"
     assert page.evaluate(loader) == path.name
+
+
+@pytest.mark.parametrize(("vue", "steps"), [(False, 4), (True, 3)])
+def test_the_recipe_is_told_on_its_node(page, vue, steps, tmp_path):
+    guider = node("BasicGuider", model=["recipe", 0], conditioning=["positive", 0])
+    graph = scheduled("few-steps.safetensors", guider)
+    graph["recipe"] = node("OneStepRecipe", model=["load", 0], family="auto", steps=steps)
+    graph["sample"]["inputs"] |= {"sampler": ["recipe", 1], "sigmas": ["recipe", 2]}
+    del graph["schedule"]
+    page.evaluate(VUE, vue)
+    try:
+        page.evaluate("graph => window.app.loadApiJson(graph, 'recipe')", graph)
+        page.locator("[data-testid='queue-button']").first.click()
+        page.wait_for_function(f"() => ({TOLD} || '').includes('(what its file says): {steps} steps at 999')")
+        page.evaluate(FIT)
+        page.wait_for_timeout(1000)
+        screenshot(page, f"recipe{'-vue' * vue}", tmp_path)
+        assert page.get_by_text(f"{steps} steps at 999").first.is_visible()
+    finally:
+        page.evaluate(VUE, False)
 
 
 def test_workflows_are_in_the_template_gallery(server):
