@@ -12,6 +12,7 @@ FOLDER = Path(ARGUMENTS[1])
 native, detect, packed = (imported(f"nodes.native{n}") for n in ("", ".detect", ".packed"))
 four_bit, sample = imported("nodes.four_bit"), imported("nodes.sample")
 rounding, weight = imported("distill.quantize.rounding"), imported("distill.packed.weight")
+STATIC = imported("nodes.native.patcher").STATIC  # a keyword that ComfyUI 0.12 has not
 read_header, lowrank = imported("distill.header").read_header, imported("distill.quantize.lowrank")
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # both sides compute in fp32

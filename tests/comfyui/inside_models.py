@@ -13,6 +13,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from inside_helpers import (
     CPU,
     FOLDER,
+    STATIC,
     TOLERANCE,
     detect,
     error,
@@ -108,8 +109,8 @@ def check_transformers_in_either_naming():
         for naming, weights in names.items():
             q, d = quantized(weights, dense=("pos_embed",))
             model = model_of(q)
-            dense = comfy.sd.load_diffusion_model_state_dict({k: t.clone() for k, t in d.items()}, disable_dynamic=True)
-            exact = comfy.sd.load_diffusion_model_state_dict(dict(weights), disable_dynamic=True)
+            dense = comfy.sd.load_diffusion_model_state_dict({k: t.clone() for k, t in d.items()}, **STATIC)
+            exact = comfy.sd.load_diffusion_model_state_dict(dict(weights), **STATIC)
             assert type(model.model) is type(dense.model), naming
             found, expected = velocity(model, inputs), velocity(dense, inputs)
             assert error(found, expected) < TOLERANCE, (kind, naming, error(found, expected))
@@ -126,7 +127,7 @@ def check_a_stack_of_unlike_layers_is_dense():
         f"{name}.weight": d[f"{name}.weight"]
     }
     model = model_of(q)
-    dense = comfy.sd.load_diffusion_model_state_dict(d, disable_dynamic=True)
+    dense = comfy.sd.load_diffusion_model_state_dict(d, **STATIC)
     assert error(velocity(model, inputs), velocity(dense, inputs)) < TOLERANCE
     stacked = model.model.diffusion_model.double_blocks[0].img_attn.qkv
     assert not stacked.is_quantized and model.model.diffusion_model.double_blocks[1].img_attn.qkv.is_quantized
@@ -199,10 +200,10 @@ def check_formats_of_comfyui_s_own():
             stock |= entries
             mixed |= entries if len(stock) % 2 else rounding.round_to_nearest(w, 4, 64).to_tensors(key[:-7])
         found = velocity(model_of(stock), inputs)
-        exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
+        exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), **STATIC)
         assert error(found, velocity(exact, inputs)) < 0.5, fmt
         if fmt != "nvfp4":  # there ComfyUI itself takes the packed width of a layer for the model's
-            theirs = comfy.sd.load_diffusion_model_state_dict(dict(stock), disable_dynamic=True)
+            theirs = comfy.sd.load_diffusion_model_state_dict(dict(stock), **STATIC)
             assert torch.equal(found, velocity(theirs, inputs)), fmt
         both = model_of(mixed)
         assert list(both.quantized()) and error(velocity(both, inputs), velocity(exact, inputs)) < 0.5, fmt
@@ -219,7 +220,7 @@ def check_scaled_fp8_of_old():
         file[key] = w
     save_file(file, FOLDER / "fp8.safetensors")
     model = four_bit.load_file(FOLDER / "fp8.safetensors", [], "float")[0]
-    exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
+    exact = comfy.sd.load_diffusion_model_state_dict(dict(sd), **STATIC)
     assert 1e-4 < error(velocity(model, inputs), velocity(exact, inputs)) < 0.1
     assert model.model_size() < 0.5 * exact.model_size()
 
@@ -227,7 +228,7 @@ def check_scaled_fp8_of_old():
 def check_a_dense_file_loads_as_it_is():
     sd, inputs = transformer("sd3")
     model = model_of(sd)
-    dense = comfy.sd.load_diffusion_model_state_dict(dict(sd), disable_dynamic=True)
+    dense = comfy.sd.load_diffusion_model_state_dict(dict(sd), **STATIC)
     assert not list(model.quantized()) and torch.equal(velocity(model, inputs), velocity(dense, inputs))
 
 
