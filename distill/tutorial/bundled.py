@@ -25,12 +25,14 @@ def bundled(name: str) -> Path:
 def find(model: str | Path) -> Path:
     """The path of a bundled model by its name, or the path, or the hub's name (org/model), as it is. Raises
     CheckpointError where there is neither."""
-    from ..backbones.folder import is_hub_name
-
     path = Path(model)
     if str(model) in BUNDLED:
         return bundled(str(model))
-    if not path.exists() and not is_hub_name(model):
+    if path.exists():
+        return path
+    from ..backbones.folder import is_hub_name  # torch, which `distill info` does without
+
+    if not is_hub_name(model):
         names = ", ".join(BUNDLED)
         raise CheckpointError(f"{model}: no such file. Give a file or folder, or a bundled model: {names}.")
     return path
