@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/four_bit_quality.py
 
 The student makes n pictures in one step, measured by `distill.tutorial.metrics.evaluate`; the teacher makes `teacher_n`
-in its 50 steps, measured by the same judge. Prompts and noise are the same in every row, so rows differ by the
+in its own steps, measured by the same judge. Prompts and noise are the same in every row, so rows differ by the
 rounding alone.
 Weights are dequantized and run dense (a kernel's own error is not in the table); W8A8 rounds its activations too.
 """

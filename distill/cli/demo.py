@@ -87,7 +87,7 @@ def finish(o: Demo, teacher, about: dict) -> dict:
 
     file = o.out / "student.safetensors"
     student = load(file, teacher.device)
-    # The teacher's figures were made by `python -m distill.tutorial.build measure`: 50 steps take minutes.
+    # The teacher's figures were made by `python -m distill.tutorial.build measure`: its many steps take minutes.
     rows = {f"teacher, {name}": report for name, report in teacher.meta.metrics.items()}
     rows["student, 1 step"] = evaluate(lambda p, g: student.sample(p, g).cpu(), Judge.load()).to_dict()
     times = compare(teacher, student, o.out / "comparison.png", o.seed)

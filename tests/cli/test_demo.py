@@ -36,7 +36,7 @@ def test_demo_survives_ctrl_c_and_goes_on(tmp_path, door):
     rows = report["rows"]
     assert rows["student, 1 step"]["n"] == 1024
     assert rows["student, 1 step"]["frechet"] < rows["teacher, 1 step"]["frechet"]
-    assert re.search(r"teacher, 50 steps +\| \d", said)
+    assert re.search(r"teacher, \d\d steps +\| \d", said)
     assert Image.open(out / "comparison.png").size[0] > 500
     graph = json.loads((out / "workflow.json").read_text())
     loader = next(node for node in graph["nodes"] if node["type"] == "OneStepLoadStudent")
@@ -53,7 +53,10 @@ def test_demo_meets_its_bars(tmp_path, door):
     print(said)
     assert time.monotonic() - start < 7 * 60  # five minutes, imports, and a busy machine
     rows = json.loads((out / "report.json").read_text())["rows"]
-    teacher, student = rows["teacher, 50 steps"], rows["student, 1 step"]
+    teacher, student = (
+        next(row for name, row in rows.items() if re.fullmatch(r"teacher, \d\d steps", name)),
+        rows["student, 1 step"],
+    )
     # Of the bundled files' cards the teacher's figures were read by an older judge: only these two compare.
     assert student["accuracy"] >= 0.97 * teacher["accuracy"]
     assert student["frechet"] <= 1.35 * teacher["frechet"]  # 1.17 was seen beside other work

@@ -1,6 +1,7 @@
 """The bundled models are as good as they say."""
 
 from distill.backbones import load
+from distill.cli.eval import steps_of
 from distill.file.metadata import read_metadata
 from distill.tutorial import metrics
 from distill.tutorial.bundled import bundled
@@ -8,9 +9,10 @@ from distill.tutorial.bundled import bundled
 
 def test_bundled_models_are_small_and_carry_their_figures():
     total = sum(bundled(name).stat().st_size for name in ("teacher", "student", "weak", "judge"))
-    assert total < 30e6
-    for name, steps in (("teacher", "50 steps"), ("student", "1 step")):
-        report = read_metadata(bundled(name)).metrics[steps]
+    assert total < 40e6
+    for name in ("teacher", "student"):
+        meta = read_metadata(bundled(name))
+        report = meta.metrics[steps_of(meta.steps)]
         assert report["n"] == 1024 and report["accuracy"] > 0.95 and report["held_out_accuracy"] > 0.85
 
 
