@@ -75,7 +75,8 @@ class Chapter:
     def run_all(self):
         """Run all cells."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
-        self.page.get_by_text("Run All Cells", exact=True).click()
+        self.page.locator("[data-command='runmenu:run-all']").first.click()
+        self.page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for()
 
     def finished(self):
         """Wait until no cell waits or runs; no error must be on the page."""
