@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from distill.backbones import load
+from distill.backbones.base import weaker
 from distill.denoiser import guided
 from distill.header import CheckpointError
 from distill.sample import few_step, one_step, solve
@@ -167,3 +168,11 @@ def test_pictures_in_a_folder_are_batches_of_latents(student, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no pictures in it"):
         image_batches(student, tmp_path / "none", 8)
+
+
+def test_a_weaker_teacher_has_the_teacher_s_words(tmp_path):
+    teacher = load(tiny.write(tmp_path / "teacher.safetensors"))
+    weaker(teacher, load(tiny.write(tmp_path / "early.safetensors", seed=1)))
+    other = load(tiny.write(tmp_path / "other.safetensors", pad="<start>"))
+    with pytest.raises(CheckpointError, match=r"other.safetensors: its words \(text_encoder\) are not teacher"):
+        weaker(teacher, other)

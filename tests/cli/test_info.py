@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 def test_a_student_tells_how_it_must_be_called(door):
     code, out, _ = door("info", "student")
-    assert code == 0 and "prediction  x0" in out and "t_in  999" in out and '"baked": true' in out
+    assert code == 0 and "prediction  v" in out and "t_in  999" in out and '"baked": true' in out
     assert "numbers (F16 " in out and "tokenizer" not in out
 
 

@@ -37,7 +37,7 @@ print("torch" in sys.modules)
 
 def test_version_help_and_info_need_no_torch():
     done = subprocess.run([sys.executable, "-c", FACE], capture_output=True, text=True)
-    assert done.stdout.startswith("distill 0.1.0\nusage: distill COMMAND") and "prediction  x0" in done.stdout
+    assert done.stdout.startswith("distill 0.1.0\nusage: distill COMMAND") and "prediction  v" in done.stdout
     assert done.stdout.endswith("False\n"), done.stderr
 
 

@@ -73,7 +73,7 @@ QUICK = ["train", "vsd", "--steps", "2", "--batch-size", "2", "--device", "cpu",
         ([*QUICK, "--out", "x", "--teacher", "foreign.safetensors"], "not of the tutorial world: give --prompts"),
         (
             [*QUICK, "--out", "x", "--weak", "foreign.safetensors", "--autoguidance", "2"],
-            "(text_encoder) are not teacher",
+            "prediction is x0, teacher.safetensors's is v",
         ),
         ([*QUICK, "--out", "x", "--init", "foreign.safetensors"], "foreign.safetensors: another architecture"),
         (["quantize", "plain.safetensors", "plain.safetensors"], "plain.safetensors is the source itself"),
