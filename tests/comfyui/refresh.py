@@ -1,7 +1,11 @@
-"""After a workflow was changed, in ComfyUI or by hand: `python tests/comfyui/refresh.py` writes its API twin and its
-thumbnail, with a ComfyUI it starts itself (found as the tests find it) and comfy-cli's conversion."""
+"""After a workflow, a node's schema or the bundled weights were changed: `python tests/comfyui/refresh.py` draws the
+workflows that workflows/build describes, writes every API twin, the English node definitions and docs/gallery.md, and
+runs what needs no download for the thumbnails; all with a ComfyUI it starts itself (found as the tests find it) and
+comfy-cli's conversion. Training takes its five minutes. `refresh.py OBJECT_INFO.json`, with a saved /object_info of
+ComfyUI, starts none and makes no thumbnails."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,7 +13,14 @@ from PIL import Image
 from server import HINT, PACK, Client, Server, find_comfyui
 
 FOLDER = PACK / "workflows"
-WORKFLOWS = sorted(p.stem for p in FOLDER.glob("*.json"))
+sys.path.insert(0, str(FOLDER / "build"))
+from draw import draw  # noqa: E402
+from graphs import GRAPHS  # noqa: E402
+
+BY_HAND = ["one-step-text-to-image", "teacher-and-student", "four-bit-text-to-image"]
+WORKFLOWS = [*BY_HAND, *GRAPHS]
+LOCAL = [*BY_HAND, *(n for n, g in GRAPHS.items() if "Nothing to download" in g.note or "Nothing else to" in g.note)]
+"""those that run on what comes with OneStep"""
 
 
 def read(name: str) -> dict:
@@ -33,7 +44,13 @@ def pictures(client: Client, graph: dict) -> dict[str, list[Image.Image]]:
 
 
 def thumbnail(rows: list[list[Image.Image]], side: int = 400) -> Image.Image:
-    """Two pictures from the first row above two from the last; one row of four folds into both."""
+    """Two pictures from the first row above two from the last; one row of four folds into both; one picture is all."""
+    if sum(map(len, rows)) == 1:
+        sheet = Image.new("RGB", (side, side), "white")
+        picture = rows[0][0]
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        return sheet
     top, bottom = rows[0][:2], (rows[-1][:2] if len(rows) > 1 else rows[0][2:4])
     sheet = Image.new("RGB", (side, side), "white")
     half, gap = side // 2, side // 100
@@ -43,22 +60,75 @@ def thumbnail(rows: list[list[Image.Image]], side: int = 400) -> Image.Image:
     return sheet
 
 
-def main() -> None:
+def write(path: Path, data: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def describe(info: dict) -> None:
+    """Everything that is made of ComfyUI's /object_info alone."""
+    for name, described in GRAPHS.items():
+        write(FOLDER / f"{name}.json", draw(name, described, info))
+    for name in WORKFLOWS:
+        write(FOLDER / f"api/{name}.json", to_api(read(name), info))
+    write(PACK / "locales/en/nodeDefs.json", definitions(info))
+    (PACK / "docs/gallery.md").write_text(gallery(), "utf-8")
+
+
+def definitions(info: dict) -> dict:
+    """Names, descriptions and tooltips of this pack's nodes, as locales/*/nodeDefs.json hold them."""
+    found = {}
+    for name, schema in info.items():
+        if not name.startswith("OneStep"):
+            continue
+        inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        found[name] = {
+            "display_name": schema["display_name"],
+            "description": schema["description"],
+            "inputs": {n: {"name": n, "tooltip": options["tooltip"]} for n, (_, options) in inputs.items()},
+            "outputs": {
+                str(i): {"name": n, "tooltip": tip}
+                for i, (n, tip) in enumerate(zip(schema["output_name"], schema["output_tooltips"]))
+            },
+        }
+    return dict(sorted(found.items()))
+
+
+def gallery() -> str:
+    """docs/gallery.md: every workflow with its picture and the first words of its note."""
+    parts = [
+        "# Workflows",
+        "In ComfyUI: *Workflow → Browse Templates → OneStep*. Each carries a note: what to look at, what to try."
+        "\nThe pictures were made by running them: `python tests/comfyui/refresh.py`.",
+        "## Nothing to download",
+    ]
+    for name in WORKFLOWS:
+        if name == next(n for n in WORKFLOWS if n not in LOCAL):
+            parts.append("## With public models")
+        note = next(n for n in read(name)["nodes"] if n["type"] == "MarkdownNote")["widgets_values"][0]
+        title, text = note.split("\n\n")[:2]
+        pictured = (FOLDER / f"{name}.jpg").is_file()
+        shown = f"![{title[3:]}](../workflows/{name}.jpg)\n\n" if pictured else ""
+        parts.append(f"### {title[3:]}\n\n{shown}{text}\n\n[{name}.json](../workflows/{name}.json)")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(saved: str | None = None) -> None:
+    if saved is not None:
+        return describe(json.loads(Path(saved).read_text("utf-8")))
     comfyui = find_comfyui()
     if comfyui is None:
         raise SystemExit(HINT)
     with tempfile.TemporaryDirectory() as base:
         server = Server.fresh(comfyui, Path(base))
         try:
+            describe(server.json("/object_info"))
             client = Client(server)
-            for name in WORKFLOWS:
-                graph = to_api(read(name), server.json("/object_info"))
-                text = json.dumps(graph, indent=1, ensure_ascii=False)
-                (FOLDER / f"api/{name}.json").write_text(text + "\n", "utf-8")
-                thumbnail(list(pictures(client, graph).values())).save(FOLDER / f"{name}.jpg", quality=92)
+            for name in LOCAL:
+                thumbnail(list(pictures(client, read(f"api/{name}")).values())).save(FOLDER / f"{name}.jpg", quality=92)
         finally:
             server.stop()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

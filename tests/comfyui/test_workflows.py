@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from refresh import FOLDER, WORKFLOWS, pictures, read, to_api
+from refresh import FOLDER, LOCAL, WORKFLOWS, definitions, describe, gallery, pictures, read
 from server import PACK
 
 from distill.file.metadata import read_metadata
@@ -41,12 +41,22 @@ def test_says_where_its_nodes_come_from_and_what_to_look_at(name):
         assert n["properties"]["cnr_id"] == ("onestep" if ours else "comfy-core") and n["properties"]["ver"]
         assert n["properties"]["Node name for S&R"] == n["type"]
     assert workflow["version"] == 0.4 and len(nodes) < len(workflow["nodes"])
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_has_a_thumbnail(name):
     with Image.open(FOLDER / f"{name}.jpg") as thumbnail:
         assert thumbnail.width == thumbnail.height >= 256
 
 
+def test_all_are_drawn_and_the_gallery_shows_them():
+    assert sorted(WORKFLOWS) == sorted(p.stem for p in FOLDER.glob("*.json")) and len(WORKFLOWS) >= 12
+    assert (PACK / "docs/gallery.md").read_text("utf-8") == gallery()
+
+
 TITLE = 30  # what is drawn above a node's position
 PREVIEW = 210  # how much a sampler grows when it shows one
+SHOW = ("KSampler", "OneStepSample", "SamplerCustomAdvanced", "OneStepTrainStudent")
 TIGHT = 50  # to the next node in a column: its title, and room for the badge that Vue nodes write in the body
 
 
@@ -55,7 +65,7 @@ def boxes(workflow: dict) -> dict[int, tuple[float, float, float, float]]:
     found = {}
     for n in workflow["nodes"]:
         (x, y), (width, height) = n["pos"], n["size"]
-        height += PREVIEW if n["type"] in ("KSampler", "OneStepSample") else 0
+        height += PREVIEW if n["type"] in SHOW else 0
         found[n["id"]] = x, y - TITLE, x + width, y + (0 if n["flags"].get("collapsed") else height)
     return found
 
@@ -106,15 +116,54 @@ def test_the_teacher_is_called_as_its_file_recommends():
 
 @pytest.fixture(scope="module")
 def object_info(server, tmp_path_factory):
-    path = tmp_path_factory.mktemp("info") / "object_info.json"
-    path.write_bytes(server.get("/object_info"))
+    """ComfyUI's, with the files that workflows of public models need in its lists."""
+    path, info = tmp_path_factory.mktemp("info") / "object_info.json", server.json("/object_info")
+    for name in WORKFLOWS:
+        for n in read(f"api/{name}").values():
+            inputs = info[n["class_type"]]["input"]
+            for key, (kind, *options) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
+                choices = kind if isinstance(kind, list) else options[0].get("options") if options else None
+                value = n["inputs"].get(key)
+                if isinstance(choices, list) and str(value).endswith((".safetensors", ".bin", ".gguf")):
+                    choices.append(value)
+    path.write_text(json.dumps(info), "utf-8")
     return path
 
 
 @needs_cli
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_api_twin_is_the_same_graph(name, object_info):
-    assert api(name) == to_api(read(name), json.loads(object_info.read_text("utf-8")))
+def test_what_workflows_build_describes_is_what_is_here(object_info, tmp_path, monkeypatch):
+    """`refresh.py` was run after the last change of a description or a schema."""
+    for name in ("workflows/api", "docs", "locales/en"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in WORKFLOWS:
+        (tmp_path / f"workflows/{name}.json").write_bytes((FOLDER / f"{name}.json").read_bytes())
+    monkeypatch.setattr("refresh.PACK", tmp_path)
+    monkeypatch.setattr("refresh.FOLDER", tmp_path / "workflows")
+    info = json.loads(object_info.read_text("utf-8"))
+    describe(info)
+    for path in tmp_path.rglob("*.json"):
+        assert json.loads(path.read_text("utf-8")) == json.loads((PACK / path.relative_to(tmp_path)).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ja"])
+def test_languages_name_every_node_input_and_output(object_info, language):
+    """None missing, none that is no more, and none left in English."""
+    english = definitions(json.loads(object_info.read_text("utf-8")))
+    found = json.loads((PACK / f"locales/{language}/nodeDefs.json").read_text("utf-8"))
+    assert keys(found).keys() == keys(english).keys()
+    if language == "en":
+        assert found == english
+        return
+    for path, text in keys(found).items():
+        assert text and (path[-1] == "name" or any(ord(c) > 0x2E80 for c in text)), path
+
+
+def keys(tree: dict, path: tuple = ()) -> dict:
+    """(key, key, ...) -> text of a nested dictionary."""
+    found = {}
+    for k, v in tree.items():
+        found |= keys(v, (*path, k)) if isinstance(v, dict) else {(*path, k): v}
+    return found
 
 
 @needs_cli
@@ -128,18 +177,44 @@ def test_comfy_cli_validates(name, object_info, tmp_path):
     assert json.loads(done.stdout)["ok"], done.stdout
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+OF_THE_WORLD = {
+    "one-step-text-to-image": 4, "teacher-and-student": 4, "four-bit-text-to-image": 4, "quantize-your-model": 4,
+    "negative-prompt-in-one-step": 4,
+}  # fmt: skip
+"""those whose pictures show the longest prompt, and how many of each"""
+
+
+@pytest.mark.parametrize("name", OF_THE_WORLD)
 def test_makes_what_its_prompt_says(name, client):
     graph = api(name)
     texts = [v for n in graph.values() for k, v in n["inputs"].items() if k in ("text", "value") and isinstance(v, str)]
     asked, stated = attributes_of(max(texts, key=len))  # the others are empty
     for title, images in pictures(client, graph).items():
-        assert len(images) == 4 and all(p.size == (256, 256) for p in images)
-        pixels = np.stack([np.asarray(p)[::4, ::4] for p in images])  # undo the enlargement
-        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-        read = metrics.Judge.load().read(tensor).attributes
+        assert len(images) == OF_THE_WORLD[name] and all(p.size == (256, 256) for p in images)
+        read = metrics.Judge.load().read(pixels_of(images)).attributes
         right = metrics.all_right(read, asked.expand_as(read), stated.expand_as(read))
         assert right.sum() >= 3, f"{title}: {[shapes.prompt(a) for a in read]}"
+
+
+def pixels_of(images: list) -> torch.Tensor:
+    """Pictures that were enlarged four times -> (B, 3, 64, 64) in [-1, 1]."""
+    pixels = np.stack([np.asarray(p)[::4, ::4] for p in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@pytest.mark.parametrize("name", sorted(set(LOCAL) - set(OF_THE_WORLD) - {"inpaint-with-a-student"}))
+def test_runs_on_what_comes_with_onestep(name, client):
+    graph = api(name)
+    for n in graph.values():
+        n["inputs"] |= {k: v for k, v in {"minutes": 0.1, "queries": 3, "batches": 1}.items() if k in n["inputs"]}
+    made = pictures(client, graph)
+    assert made and all(np.asarray(p).std() > 5 for images in made.values() for p in images)
+
+
+def test_what_the_mask_of_the_inpainting_protects_stays(client):
+    before, after = map(pixels_of, pictures(client, api("inpaint-with-a-student")).values())
+    change = (before - after).abs().mean((0, 1, 2))  # (W,)
+    assert change[48:].max() < 0.05 < 0.1 < change[:24].mean()
 
 
 def attributes_of(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
