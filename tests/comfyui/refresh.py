@@ -126,6 +126,7 @@ def main(saved: str | None = None) -> None:
             client = Client(server)
             for name in LOCAL:
                 thumbnail(list(pictures(client, read(f"api/{name}")).values())).save(FOLDER / f"{name}.jpg", quality=92)
+            (PACK / "docs/gallery.md").write_text(gallery(), "utf-8")  # it shows those that are there
         finally:
             server.stop()
 
