@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -17,7 +18,9 @@ from distill.backbones import load
 def test_demo_survives_ctrl_c_and_goes_on(tmp_path, door):
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "distill", "demo", "--minutes", "0.5", "--out", str(out), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **pipes, preexec_fn=heard)
     try:
         deadline = time.monotonic() + 300
         while not (out / "vsd" / "log.csv").exists() and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,11 +113,16 @@ def test_a_run_that_diverges_keeps_its_last_good_student(place, door):
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_a_student_and_a_run_to_go_on_with(place, sent, code):
     command = [sys.executable, "-m", "distill", *QUICK, "--out", "run", "--steps", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not list(Path("run/checkpoints").glob("step-*")) and process.poll() is None:
-            pass
-        os.kill(process.pid, sent)
-        out, err = process.communicate(timeout=60)
+    heard = partial(signal.signal, sent, signal.SIG_DFL)  # also where the tests run under nohup, which ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heard) as process:
+        try:
+            while not list(Path("run/checkpoints").glob("step-*")) and process.poll() is None:
+                pass
+            os.kill(process.pid, sent)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code and "Traceback" not in err, err
     assert "run/student.safetensors is the student so far" in out and student("run").meta.method == "vsd"
     assert not list(Path("run/checkpoints").glob(".*"))
