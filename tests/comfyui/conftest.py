@@ -23,8 +23,8 @@ MODELS = {
     "latent.safetensors": {"latent": tiny.LATENT | {"scale": 0.5, "shift": 0.1}},
     "foreign.safetensors": {"prediction": "eps", "t_in": 999, "schedule": tiny.DDPM | {"shift": 1.0}},
 }
-# Nodes that only these tests have: a MODEL as if another loader had made it, the same of a file by any name, one during
-# whose sampling the user presses Cancel, and one whose weights ComfyUI loaded again for itself.
+# Nodes that only these tests have: a MODEL as if another loader had made it of a file by any name, one during whose
+# sampling the user presses Cancel, and one whose weights ComfyUI loaded again for itself.
 HELPERS = """
     import sys
     from importlib import import_module
@@ -34,17 +34,6 @@ HELPERS = """
     import folder_paths
     from comfy.patcher_extension import WrappersMP
     from comfy_api.latest import ComfyExtension, io
-
-    class Stranger(io.ComfyNode):
-        @classmethod
-        def define_schema(cls):
-            return io.Schema("TestStranger", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
-
-        @classmethod
-        def execute(cls, model):
-            model = model.clone()
-            model.remove_attachments("onestep")
-            return io.NodeOutput(model)
 
     class Foreign(io.ComfyNode):
         @classmethod
@@ -91,7 +80,7 @@ HELPERS = """
 
     class Extension(ComfyExtension):
         async def get_node_list(self):
-            return [Stranger, Foreign, Cancelled, Reloaded]
+            return [Foreign, Cancelled, Reloaded]
 
     async def comfy_entrypoint():
         return Extension()

@@ -76,7 +76,7 @@ def test_a_wrong_architecture_names_the_weight_or_the_setting(client, broken, fi
 
 def test_a_model_of_another_loader_is_told_which_loader(client):
     graph = one_step("student.safetensors", model=("stranger", 0))
-    graph["stranger"] = node("TestStranger", model=["load", 0])
+    graph["stranger"] = node("TestForeign", file="nameless")
     assert "OneStep Load Student" in client.run(graph).errors["sample"].splitlines()[0]
 
 

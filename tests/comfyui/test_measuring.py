@@ -34,7 +34,7 @@ def test_compare_draws_a_column_for_each_model_from_the_same_noise(client):
 
 
 def test_compare_names_what_is_wrong(client):
-    stranger = {"strange": node("TestStranger", model=["load", 0])}
+    stranger = {"strange": node("TestForeign", file="nameless")}
     assert "no OneStep recipe" in client.run(compared(model_1=["strange", 0]) | stranger).errors["compare"]
     assert "prompts is empty" in client.run(compared("\n", model_1=["load", 0])).errors["compare"]
 
