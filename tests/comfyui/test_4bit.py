@@ -138,11 +138,11 @@ def test_methods(client, method, bits, budget):
 
 def test_other_files_are_quantized_by_their_weights(client, folder):
     sd = {k.removeprefix("model.diffusion_model."): t for k, t in load_file(folder / "student.safetensors").items()}
-    save_file({k: t for k, t in sd.items() if "_model." not in k}, folder / "foreign.safetensors")
-    run = client.run(quantize("foreign.safetensors"))
+    save_file({k: t for k, t in sd.items() if "_model." not in k}, folder / "outsider.safetensors")
+    run = client.run(quantize("outsider.safetensors"))
     assert not run.errors, run.errors
     assert "data-free: connect the file's MODEL and CLIP" in run.outputs["quantize"]["text"][0]
-    assert len(weight.layers(load_file(folder / "foreign-4bit.safetensors"))) > 60
+    assert len(weight.layers(load_file(folder / "outsider-4bit.safetensors"))) > 60
 
 
 def test_cancel_leaves_no_file(client, server, folder):

@@ -32,7 +32,7 @@ def foreign(server, folder):
         save_file(unet_to_ldm(net.state_dict(), net.config), target / f"{name}.safetensors")
     save_file(nets[0].state_dict(), target / "shaped-diffusers.safetensors")
     tiny.write(
-        folder / "words.safetensors",
+        folder / "speaker.safetensors",
         unet={"cross_attention_dim": 768, "class_embed_type": None},
         text={"hidden_size": 768},
     )
@@ -43,7 +43,7 @@ def graph(file: str, model: str = "shaped.safetensors", **more) -> dict:
     connected = {"model": ["dense", 0], "clip": ["words", 1], "latent": ["empty", 0], "steps": 2}
     return {
         "dense": node("UNETLoader", unet_name=model, weight_dtype="default"),
-        "words": node("OneStepLoadStudent", file="words.safetensors"),
+        "words": node("OneStepLoadStudent", file="speaker.safetensors"),
         "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
     } | quantize(file, prompts="a red ring\na blue heart", **connected | more)
 
