@@ -180,14 +180,14 @@ def _update(
         with torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             loss, readouts = phase.loss(batch, noise)
         (loss / len(drawn)).backward()
-        seen.append(torch.stack([v.detach().float() for v in readouts.values()]))
+        seen.append(torch.stack([v.detach().float() for v in (loss, *readouts.values())]))
     means = torch.stack(seen).mean(0)
     if accelerator.num_processes > 1:  # by hand: nets that call each other do not fit DDP's hooks
         means = accelerator.reduce(means, "mean")
         for p in params:
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
     norm = nn.utils.clip_grad_norm_(params, o.clip).detach().float()
-    logs = dict(zip([*readouts, f"{name}_grad_norm"], torch.cat([means, norm[None]]).tolist()))
+    logs = dict(zip([*readouts, f"{name}_grad_norm"], torch.cat([means[1:], norm[None]]).tolist()))
     _check(run, logs)
     run.average(name)
     run.optimizers[name].step()
