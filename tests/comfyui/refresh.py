@@ -14,8 +14,8 @@ from server import HINT, PACK, Client, Server, find_comfyui
 
 FOLDER = PACK / "workflows"
 sys.path.insert(0, str(FOLDER / "build"))
-from draw import draw  # noqa: E402
 from descriptions import GRAPHS  # noqa: E402
+from draw import draw  # noqa: E402
 
 BY_HAND = ["one-step-text-to-image", "teacher-and-student", "four-bit-text-to-image"]
 WORKFLOWS = [*BY_HAND, *GRAPHS]
