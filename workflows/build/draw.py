@@ -113,7 +113,10 @@ def node(number: int, box: Box, schema: dict, corner: tuple[int, int], width: in
             continue
         rows, tall = rows + 1, tall + bool(options.get("multiline"))
         value = box.inputs.get(name)
-        values.append(default(kind, options) if linked or value is None else value)
+        if linked and named(kind) == "COMBO":
+            values.append("")  # its choices may be this machine's files
+        else:
+            values.append(default(kind, options) if linked or value is None else value)
         if options.get("control_after_generate"):
             values.append("fixed")
             rows += 1
