@@ -12,6 +12,8 @@ from pathlib import Path
 PREFIX = ".onestep-"
 """folders of files that are being written: this, the process and some letters. Nothing in them has a model's ending, so
 that no list of models shows it."""
+OLD = "replaced.by"
+"""in such a folder: what was at the place of the folder beside it"""
 DAY = 86_400
 _mine: set[str] = set()
 
@@ -53,18 +55,21 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary folder), sync, and let it take the place of the folder at path, if there is one."""
+    """write(temporary folder), sync, and let it take the place of the folder at path, if there is one.
+
+    A process that is killed between the two renames leaves both; `clean` then puts the new one in its place.
+    """
     clean(path.parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=path.parent))
     _mine.add(folder.name)
     try:
-        new = folder / "new"
+        new = folder / path.name
         new.mkdir()
         write(new)
         for file in new.rglob("*"):
             sync(file)
         if path.exists():
-            os.replace(path, folder / "old")
+            os.replace(path, folder / OLD)
         os.replace(new, path)
         sync(path.parent)
     finally:
@@ -73,10 +78,14 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote left in a folder, whatever library they wrote with."""
+    """Remove what processes that were killed while they wrote left in a folder, whatever library they wrote with. A
+    whole folder whose place they had cleared already takes it."""
     for left in folder.glob(f"{PREFIX}*-*"):
         pid = left.name.removeprefix(PREFIX).partition("-")[0]
         if pid.isdecimal() and left.name not in _mine and not _writing(int(pid), left):
+            for whole in left.iterdir() if (left / OLD).exists() else ():
+                if whole.name != OLD and not (folder / whole.name).exists():
+                    os.replace(whole, folder / whole.name)
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill.atomic import clean, replace, write_beside
+from distill.atomic import clean, replace, write_beside, write_folder
 
 KILLED = """
 import os, signal, sys
@@ -22,6 +22,19 @@ def write(temporary):
     os.kill(os.getpid(), signal.SIGKILL)
 
 write_beside(Path(sys.argv[1]), write)
+"""
+
+KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from distill.atomic import write_folder
+
+def once(a, b, rename=os.replace):
+    rename(a, b)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = once
+write_folder(Path(sys.argv[1]), lambda new: (new / "net").write_text("new"))
 """
 
 
@@ -85,3 +98,12 @@ def test_what_is_no_matter_of_the_disk_keeps_its_own_error(tmp_path):
     with pytest.raises(ValueError, match="Key `x`"):
         write_beside(tmp_path / "a", lambda temporary: save_file({"x": 1}, temporary))
     assert names(tmp_path) == []
+
+
+def test_a_folder_whose_place_was_cleared_by_a_killed_process_takes_it(tmp_path):
+    path = tmp_path / "student"
+    write_folder(path, lambda new: (new / "net").write_text("old"))
+    run = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, path])
+    assert run.returncode == -signal.SIGKILL and not path.exists()
+    clean(tmp_path)
+    assert names(tmp_path) == ["student"] and (path / "net").read_text() == "new"
