@@ -6,7 +6,7 @@ import comfy.model_management as mm
 from comfy_api.latest import io, ui
 
 from .draw import Bar, Caller, encode, file_of, lines, to_image
-from .families import HIDDEN
+from .families import HIDDEN, seed_input
 
 PROMPTS = "a small red ring on a blue background\na large yellow star, top left"
 
@@ -35,14 +35,7 @@ class OneStepBenchmark(io.ComfyNode):
                 count("queries", 50, 1, "Pictures made one at a time. The more, the narrower the ranges."),
                 count("batches", 5, 1, "Batches made one after the other, for the throughput."),
                 count("warmup", 3, 1, "Pictures, and batches, before the first that counts."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the first noise. Another seed measures again.",
-                ),
+                seed_input("Seed of the first noise. Another seed measures again."),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="The figures as a Markdown table."),

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .draw import Bar, Caller, encode, file_of, lines, to_image
-from .families import HIDDEN
+from .families import HIDDEN, seed_input
 
 MOST = 4
 PROMPTS = "a small red ring on a blue background\na large yellow star, top left\na green heart"
@@ -69,14 +69,7 @@ class OneStepCompare(io.ComfyNode):
                     default="",
                     tooltip="What stands above the columns, one a line. Empty: the names of the files.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the first row's noise; each further row has the next one. Times are taken anew.",
-                ),
+                seed_input("Seed of the first row's noise; each further row has the next one. Times are taken anew."),
                 *more,
             ],
             outputs=[

@@ -52,6 +52,10 @@ def steps_input(default: str) -> io.Int.Input:
     )
 
 
+def seed_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
 def prepare(model: ModelPatcher, family: str = AUTO, steps: int = 0, hidden=None, least: bool = False) -> Prepared:
     """A MODEL and what its recipe makes of it.
 

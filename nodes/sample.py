@@ -9,7 +9,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from .families import HIDDEN, family_input, prepare, say, steps_input
+from .families import HIDDEN, family_input, prepare, say, seed_input, steps_input
 from .recipe import KEY, recipe
 
 CATEGORY = "OneStep"
@@ -55,14 +55,7 @@ class OneStepSample(io.ComfyNode):
                 io.Latent.Input(
                     "latent", tooltip="An empty latent of the size the model was trained for; it sets the batch size."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise; each seed is another image. The same seed gives KSampler's noise.",
-                ),
+                seed_input("Seed of the noise; each seed is another image. The same seed gives KSampler's noise."),
                 family_input(),
                 steps_input("one for a OneStep file, what their makers say for others"),
             ],

@@ -218,16 +218,16 @@ class Page:
     """What the page sees while the student learns: how far it is, and four pictures from the same noise."""
 
     def __init__(self, teacher: Backbone, prompts: list[str]):
+        from ..distill.training.sheets import sheets
         from ..distill.tutorial.demo import SHARES
         from ..distill.tutorial.prompts import speaks
 
         pairs, regression, vsd = (share / sum(SHARES.values()) for share in SHARES.values())
         self.spans = {"teacher pairs": (0.0, pairs), "regression": (pairs, regression), "coach": (1 - vsd, vsd)}
         shown = WORLD if speaks(teacher) else prompts or [""]
-        self.teacher, self.last, self.bar = teacher, -SECONDS, comfy.utils.ProgressBar(1000)
+        self.last, self.bar = -SECONDS, comfy.utils.ProgressBar(1000)
         self.staged, self.done = speaks(teacher), 0.0
-        self.noise = torch.randn(teacher.shape(4), generator=torch.Generator().manual_seed(0)).to(teacher.device)
-        self.cond = teacher.encode([shown[i % len(shown)] for i in range(4)])
+        self.sheet = sheets(teacher, teacher.encode([shown[i % len(shown)] for i in range(4)]))
 
     def told(self, what: str, share: float, **readouts: float) -> None:
         """Training's `told`. Raises InterruptProcessingException where Cancel was pressed."""
@@ -237,7 +237,6 @@ class Page:
             self.done = start + length * share
             self.bar.update_absolute(int(1000 * self.done), 1000)
 
-    @torch.no_grad()
     def show(self, step: Step) -> None:
         """Every SECONDS draw the averaged student's pictures."""
         self.done = self.done if self.staged else step.progress
@@ -246,15 +245,8 @@ class Page:
             return self.bar.update_absolute(int(1000 * self.done), 1000)
         from PIL import Image
 
-        from ..distill.backbones.base import to_pil
-        from ..distill.sample import one_step
-
-        made = one_step(self.teacher.wrap(step.ema), self.teacher.time())(self.noise, self.cond)
-        pictures = to_pil(self.teacher.decode(made))
-        side = pictures[0].width
-        grid = Image.new("RGB", (2 * side, 2 * side))
-        for i, picture in enumerate(pictures):
-            grid.paste(picture, (i % 2 * side, i // 2 * side))
-        grid = grid.resize((max(256, 2 * side),) * 2, Image.Resampling.NEAREST)
-        self.bar.update_absolute(int(1000 * self.done), 1000, ("JPEG", grid, None))
+        page = self.sheet(step.ema)
+        scale = max(1, 512 // page.width)
+        page = page.resize((scale * page.width, scale * page.height), Image.Resampling.NEAREST)
+        self.bar.update_absolute(int(1000 * self.done), 1000, ("JPEG", page, None))
         self.last = time.monotonic()

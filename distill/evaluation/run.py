@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from ..backbones.base import Backbone, to_pil
+from ..bench import machine
 from .extractors import Clip, Inception, digest
 from .figures import Gaussian, clip_score, diversity, frechet, gaussian, kid
 
@@ -139,17 +140,9 @@ class Measure:
             "kid": "polynomial kernel, degree 3; 100 subsets of at most 1000" if self.real else None,
             "clip": {"how": self.clip.protocol, "folder": self.clip.about} if self.clip else None,
             "diversity": f"1 - cos of {'CLIP' if self.clip else 'Inception'} features, {groups} x {PER_GROUP} pictures",
-            "time": {"device": device_name(m.device), "dtype": str(net.dtype), "median over": "batches but the first"},
-            "torch": torch.__version__,
+            "time": machine(m.device) | {"dtype": str(net.dtype), "median over": "batches but the first"},
         }
 
 
 def _hash(prompts: list[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """What a device is called by its maker."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..backbones.base import to_pil
+
 COLOURS = {
     "teacher": "#0072B2",
     "student": "#D55E00",
@@ -81,7 +83,7 @@ def sheet(rows: Mapping[str, Tensor], titles: Sequence[str] = (), zoom: float = 
 
 def to_array(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) of bytes."""
-    return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return np.stack([np.asarray(picture) for picture in to_pil(images.detach())])
 
 
 def png(picture: object) -> bytes:
@@ -92,7 +94,7 @@ def png(picture: object) -> bytes:
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png")
     elif isinstance(picture, Tensor):
-        pixels = Image.fromarray(to_array(picture[None])[0])
+        pixels = to_pil(picture[None].detach())[0]
         pixels.resize([4 * s for s in pixels.size], Image.Resampling.NEAREST).save(buffer, format="png")
     elif isinstance(picture, Image.Image):
         picture.save(buffer, format="png")
