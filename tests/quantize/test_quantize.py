@@ -1,4 +1,4 @@
-"""Files in, quantized files out: OneStep files, diffusers folders, text encoders, and what is refused."""
+"""OneStep files in, quantized OneStep files out."""
 
 import contextlib
 import json
@@ -9,7 +9,6 @@ import sys
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distill import layouts
@@ -18,7 +17,7 @@ from distill.backbones.stable_diffusion import StableDiffusion
 from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError, read_header
-from distill.packed.weight import QuantError, QuantizedWeight, layers, unpack_nibbles
+from distill.packed.weight import QuantizedWeight, layers, unpack_nibbles
 from distill.quantize import onestep
 from distill.quantize.budget import DENSE
 from distill.quantize.calibrate import LayerStats
@@ -26,24 +25,9 @@ from distill.quantize.options import Quantize
 from distill.quantize.prompts import GENERAL
 from distill.quantize.run import quantize_file
 from distill.quantize.source import layers_of, open_source
-from distill.quantize.views import Dequantized
 from distill.tutorial.bundled import bundled
 
 encode = StableDiffusion.encode
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    small = {"layers_per_block": 1, "block_out_channels": (32, 64)}
-    return tiny.write(tmp_path_factory.mktemp("student") / "student.safetensors", torch.float16, unet=small)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """A tiny random Stable Diffusion as diffusers saves it, with the U-Net in shards."""
-    folder = tiny.stable_diffusion(tmp_path_factory.mktemp("pipeline"), max_shard_size="2MB")
-    assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -173,158 +157,7 @@ def test_the_budget_is_kept_and_spent(student, tmp_path, calibrate):
         assert reports[1].output_error < reports[0].output_error
 
 
-# ----------------------------------------------------------------------------------------- diffusers, transformers
-
-
-def test_a_pipeline_s_folder_is_run_as_its_pipeline_runs(pipeline, tmp_path):
-    out = tmp_path / "unet.safetensors"
-    report = quantize_file(pipeline, out, Quantize(samples=2, steps=3, rows=64))
-    assert "2 general prompts at 3 steps of its pipeline" in report.calibration and 0 < report.output_error < 0.3
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
-    dense = Dequantized(load_file(out))
-    weights = {k: dense[k].float() for k in unet.state_dict()}  # diffusers' own names
-    g = torch.Generator().manual_seed(0)
-    x, c = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 32, 128, generator=g)
-    with torch.no_grad():
-        y = unet(x, 500, c).sample
-        unet.load_state_dict(weights)
-        assert 0 < (unet(x, 500, c).sample - y).norm() < 0.3 * y.norm()
-    again = quantize_file(pipeline / "unet", tmp_path / "b.safetensors", Quantize(samples=2, steps=3, rows=64))
-    assert again.output_error == report.output_error
-
-
-def test_sd3_without_its_t5(tmp_path):
-    """Saved without it, or its folder never downloaded: the pipeline runs on CLIP's words, and the report says so."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    words = tiny.tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    clip = CLIPTextConfig(vocab_size=len(words), projection_dim=32, bos_token_id=0, eos_token_id=1, **sizes)
-    shape = {"sample_size": 8, "patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 1}
-    heads = {"attention_head_dim": 8, "num_attention_heads": 4, "pos_embed_max_size": 96}
-    width = {"joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 64}
-    diffusers.StableDiffusion3Pipeline(
-        transformer=diffusers.SD3Transformer2DModel(**shape, **heads, **width),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8, shift_factor=0.1),
-        text_encoder=CLIPTextModelWithProjection(clip),
-        text_encoder_2=CLIPTextModelWithProjection(clip),
-        tokenizer=words,
-        tokenizer_2=words,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    ).save_pretrained(tmp_path / "sd3")
-    index = tmp_path / "sd3" / "model_index.json"
-    named = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
-    for entries in ({}, named):
-        index.write_text(json.dumps(json.loads(index.read_text()) | entries))
-        options = Quantize(samples=1, steps=2, rows=16)
-        report = quantize_file(tmp_path / "sd3" / "transformer", tmp_path / "o.safetensors", options, force=True)
-        assert report.calibration.endswith("of its pipeline without text_encoder_3")
-        assert report.method == "awq" and 0 < report.output_error < 0.3
-
-
-def test_a_folder_that_cannot_be_run_is_quantized_aloud(pipeline, tmp_path, caplog):
-    (tmp_path / "alone").symlink_to(pipeline / "unet")
-    report = quantize_file(tmp_path / "alone", tmp_path / "x.safetensors")
-    assert report.method == "clip" and "model_index.json is not there" in report.calibration
-    assert "quantized by its weights alone" in caplog.text
-
-
-def test_clip_and_t5_folders(pipeline, tmp_path):
-    from transformers import T5Config, T5EncoderModel
-
-    words = tiny.tokenizer()
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-    T5EncoderModel(T5Config(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "t5")
-    words.save_pretrained(tmp_path / "t5")
-    for folder in (pipeline / "text_encoder", tmp_path / "t5"):
-        out = tmp_path / f"{folder.name}.safetensors"
-        report = quantize_file(folder, out, Quantize(samples=8, rows=64))
-        assert report.calibration == "calibrated on 8 general prompts" and 0 < report.output_error < 0.3
-        names = layers(load_file(out))
-        assert len(names) == 12 and not any("embed" in n or "shared" in n or "bias" in n for n in names)
-
-
-@pytest.mark.parametrize("names", ["ldm", "bare", "checkpoint"])
-def test_other_single_files_keep_their_keys(mods, tmp_path, monkeypatch, names):
-    """And are not said to need packages that could not help."""
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    unet = layouts.unet_to_ldm(dict(mods.unet.state_dict()), mods.unet.config)
-    prefix = "" if names == "bare" else layouts.UNET
-    weights = {prefix + k: v for k, v in unet.items()}
-    if names == "checkpoint":
-        weights |= {layouts.VAE + "decoder.conv.weight": torch.ones(32, 32, 3, 3), "alphas_cumprod": torch.ones(7)}
-    save_file(weights, tmp_path / "in.safetensors", {"modelspec.title": "mine"})
-    report = quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", Quantize())
-    assert report.method == "clip" and "data-free: a single file" in report.calibration
-    with safe_open(tmp_path / "out.safetensors", "pt") as f:
-        assert f.metadata()["modelspec.title"] == "mine" and "quantization" in f.metadata()
-    found = load_file(tmp_path / "out.safetensors")
-    assert weights.keys() <= found.keys()
-    if names == "checkpoint":
-        assert found[layouts.VAE + "decoder.conv.weight"].dtype == torch.float32  # not of a quantized part
-    assert found[prefix + "out.0.weight"].dtype == torch.float16
-
-
-# ------------------------------------------------------------------------------------------------- what is refused
-
-
-def test_refusals_name_the_file_and_the_cure(student, tmp_path):
-    out, new = tmp_path / "out.safetensors", tmp_path / "new.safetensors"
-    quantize_file(student, out, Quantize(calibrate=False))
-    with pytest.raises(CheckpointError, match=r"out.safetensors: is quantized already .* original"):
-        quantize_file(out, tmp_path / "twice.safetensors")
-    with pytest.raises(CheckpointError, match="no such file"):
-        quantize_file(tmp_path / "nothing.safetensors", new)
-    with pytest.raises(CheckpointError, match="no config.json there"):
-        quantize_file(tmp_path, new)
-    with pytest.raises(QuantError, match="awq needs calibration"):
-        quantize_file(student, new, Quantize(method="awq", calibrate=False))
-    with pytest.raises(QuantError, match=r"a budget of 4.01 bits a weight is below the \d\.\d\d"):
-        quantize_file(student, new, Quantize(budget=4.01, calibrate=False))
-    with pytest.raises(QuantError, match="leave out --text-encoder"):
-        Quantize(format="nvfp4", text_encoder=True)
-    with pytest.raises(QuantError, match="no regular expression"):
-        Quantize(keep=("(",))
-    save_file({"decoder.conv_in.weight": torch.ones(32, 32, 3, 3)}, tmp_path / "vae.safetensors")
-    with pytest.raises(QuantError, match="vae.safetensors: no layer to quantize"):
-        quantize_file(tmp_path / "vae.safetensors", new)
-
-
-def test_nothing_good_is_overwritten(student, tmp_path, caplog, monkeypatch):
-    """Not the source, not another file unless forced, not by a run that fails; a name says what is written."""
-    source, out, few = tmp_path / "m.safetensors", tmp_path / "out.safetensors", Quantize(calibrate=False)
-    source.write_bytes(student.read_bytes())
-    (tmp_path / "link.safetensors").symlink_to(source)
-    for same in (source, tmp_path / "link.safetensors"):
-        with pytest.raises(QuantError, match="is the source itself: name another file"):
-            quantize_file(source, same, few, force=True)
-    assert source.read_bytes() == student.read_bytes()
-    out.write_text("precious")
-    with pytest.raises(FileExistsError, match="out.safetensors exists: overwrite it with force"):
-        quantize_file(source, out, few)
-
-    for problem in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-
-        def half(tensors, path, *args, problem=problem):
-            path.write_bytes(b"half of it")
-            raise problem
-
-        with monkeypatch.context() as patch, pytest.raises(type(problem)):
-            patch.setattr("safetensors.torch.save_file", half)
-            quantize_file(source, out, few, force=True)
-        assert out.read_text() == "precious" and len(list(tmp_path.iterdir())) == 3
-    quantize_file(source, out, few, force=True)
-    assert layers(load_file(out))
-    with pytest.raises(QuantError, match="format gguf:Q4_0 is written to a .gguf file"):
-        quantize_file(source, tmp_path / "x.safetensors", Quantize(format="gguf:Q4_0"))
-    pytest.importorskip("gguf")
-    quantize_file(source, tmp_path / "x.gguf", Quantize())
-    assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF" and "written as gguf:Q4_0" in caplog.text
+# ------------------------------------------------------------------------------------------------- what is measured
 
 
 def test_damage_is_a_square(student):
@@ -388,23 +221,6 @@ def test_w8a8_is_reported_with_its_rounded_activations(student, tmp_path, monkey
     with torch.no_grad():
         a, b = dense.latents(z, cond), small.latents(z, cond)
     assert ((a - b).norm() / a.norm()).item() == pytest.approx(report.output_error, rel=0.35)
-
-
-def test_weights_that_are_not_finite_are_named(student, tmp_path):
-    weights = load_file(student)
-    weights[layouts.UNET + "middle_block.0.in_layers.2.weight"][0, 0] = torch.nan
-    save_file(weights, tmp_path / "nan.safetensors")
-    with pytest.raises(QuantError, match=r"nan.safetensors: layer .*middle_block.0.in_layers.2: .* not finite"):
-        quantize_file(tmp_path / "nan.safetensors", tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    index = {"weight_map": {"a": "../../secret.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="names files outside its folder"):
-        open_source(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- written again, and built
