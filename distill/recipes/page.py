@@ -72,7 +72,11 @@ def step(r: Recipe) -> str:
 def page() -> str:
     """docs/recipes.md."""
     lines = [HEAD.rstrip("\n"), *(row(r) for r in recipes().values()), "", "## Sources", ""]
-    lines += ["Of each number; commits and versions are those that were read, in November 2026.", ""]
+    lines += [
+        "Of each number; commits and versions are those that were read, in November 2026. Some model cards were read",
+        "through copies and other people's code, and licences change: see the link before you use a model.",
+        "",
+    ]
     lines += [f"- **{r.title}**: {'; '.join(r.sources)}" for r in recipes().values()]
     return "\n".join(lines) + "\n"
 
