@@ -7,7 +7,7 @@ from typing import Any
 from draw import Box, Described
 
 HUB = "https://huggingface.co"
-WORLD = "a large yellow star on a blue background"
+WORLD = "a large yellow star on a blue background, in the center"
 PHOTO = "a red fox in fresh snow at the edge of a birch wood, morning light, photograph"
 
 
@@ -105,7 +105,7 @@ GRAPHS["negative-prompt-in-one-step"] = Described(
     "A negative prompt in one step",
     """
 Above, without; below, with a **negative prompt**, from the same noise. A one-step student has no CFG, so its negative
-prompt is subtracted inside the network: it costs next to nothing.
+prompt is subtracted inside the network, without a second call of it.
 
 **Look at** what the prompt leaves open, here the colour and the shape: what is negated becomes rare, the rest stays.
 
@@ -290,8 +290,8 @@ Nothing to download.
     [
         {
             "load": student(),
-            "first": text(("load", 1), "a large yellow star on a blue background", "Prompt of the picture"),
-            "second": text(("load", 1), "a large red star on a blue background", "Prompt of the part"),
+            "first": text(("load", 1), "a large yellow star on a blue background, in the center", "Prompt of the picture"),
+            "second": text(("load", 1), "a large red star on a blue background, in the center", "Prompt of the part"),
             "empty": empty(),
             "seed": seed(),
         },
