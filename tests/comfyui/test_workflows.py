@@ -214,7 +214,7 @@ def test_runs_on_what_comes_with_onestep(name, client):
 def test_what_the_mask_of_the_inpainting_protects_stays(client):
     before, after = map(pixels_of, pictures(client, api("inpaint-with-a-student")).values())
     change = (before - after).abs().mean((0, 1, 2))  # (W,)
-    assert change[48:].max() < 0.05 < 0.1 < change[:24].mean()
+    assert change[48:].max() < 0.05 < 0.1 < change[:32].max()
 
 
 def attributes_of(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
