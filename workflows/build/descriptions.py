@@ -290,7 +290,9 @@ Nothing to download.
     [
         {
             "load": student(),
-            "first": text(("load", 1), "a large yellow star on a blue background, in the center", "Prompt of the picture"),
+            "first": text(
+                ("load", 1), "a large yellow star on a blue background, in the center", "Prompt of the picture"
+            ),
             "second": text(("load", 1), "a large red star on a blue background, in the center", "Prompt of the part"),
             "empty": empty(),
             "seed": seed(),
