@@ -40,12 +40,16 @@ def few_step(denoiser: Denoiser, times: list[float]) -> Callable:
     def student(z: Tensor, cond: Cond = None, generator: Generator | None = None) -> Tensor:
         x0 = one_step(denoiser, times[0])(z, cond)
         for t in times[1:]:
-            t = torch.full((len(z),), t, device=z.device)
-            x_t = denoiser.schedule.noise(x0, t, randn(z.shape, generator, z.device))
-            x0 = denoiser(x_t, t, cond)
+            x0 = renoised(denoiser, x0, t, cond, generator)
         return x0
 
     return student
+
+
+def renoised(denoiser: Denoiser, x0: Tensor, t: float, cond: Cond, generator: Generator | None) -> Tensor:
+    """x0 (B, ...) noised to t and predicted again."""
+    t = torch.full((len(x0),), t, device=x0.device)
+    return denoiser(denoiser.schedule.noise(x0, t, randn(x0.shape, generator, x0.device)), t, cond)
 
 
 def prior_scale(denoiser: Denoiser, t: Tensor, x: Tensor) -> Tensor:

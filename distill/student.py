@@ -1,4 +1,4 @@
-"""The student: a net that is called once."""
+"""The student: a net that is called once, or a few times."""
 
 from __future__ import annotations
 
@@ -8,30 +8,41 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
+import torch
 from torch import Generator, Tensor, nn
 
 from .adapters import Lora
 from .checks import positive, within
 from .denoiser import Cond, Denoiser, Make
-from .sample import one_step
+from .sample import few_step, one_step, renoised, trailing
 
 
 class Student:
     """g(z, cond) -> x0: the net called once at t_in, and what of it is trained.
 
     z ~ N(0, 1) of the shape of x0, (B, ...). net: trained whole, or by its adapters. make turns it into a Denoiser;
-    t_in in (0, 1], 1 the noisiest.
+    t_in in (0, 1], 1 the noisiest. steps: the calls that a picture may take, at even times from t_in down.
     """
 
-    def __init__(self, net: nn.Module | Lora, make: Make, t_in: float = 1.0):
+    def __init__(self, net: nn.Module | Lora, make: Make, t_in: float = 1.0, steps: int = 1):
         self.trained = net if isinstance(net, Lora) else net.requires_grad_(True)
         self.module = net.module if isinstance(net, Lora) else net
-        self.make, self.t_in = make, t_in
+        self.make, self.times = make, [t_in * t for t in trailing(steps)]
         self.denoiser: Denoiser = make(self.module)
         self._call = one_step(self.denoiser, t_in)
 
     def __call__(self, z: Tensor, cond: Cond = None) -> Tensor:
         return self._call(z, cond)
+
+    def simulate(self, z: Tensor, cond: Cond, generator: Generator) -> Tensor:
+        """x0 of one call, any of them as likely, on what the student itself drew before it, as sampling will do
+        (backward simulation, DMD2 section 4.5). Gradients pass through that call alone."""
+        calls = int(torch.randint(len(self.times), (), generator=generator))
+        if calls == 0:
+            return self(z, cond)
+        with torch.no_grad():
+            x0 = few_step(self.denoiser, self.times[:calls])(z, cond, generator)
+        return renoised(self.denoiser, x0, self.times[calls], cond, generator)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The net's, or the adapters."""
@@ -60,8 +71,12 @@ class StudentOptions:
     """Layers to adapt, by name or ending, such as to_q. Default: the family's; of a U-Net every Linear and Conv2d, a
     little more than DMD2's list for SDXL."""
 
+    student_steps: int = 1
+    """Calls that a picture takes. More than 1: a method that draws from the student trains every call on what the calls
+    before it drew, and the student can be sampled in any number of steps up to this."""
+
     def __post_init__(self) -> None:
-        within(self, student_rank=(1, inf))
+        within(self, student_rank=(1, inf), student_steps=(1, inf))
         positive(self, "student_alpha")
 
     @property

@@ -59,7 +59,7 @@ def seed_input(tooltip: str) -> io.Int.Input:
 def prepare(model: ModelPatcher, family: str = AUTO, steps: int = 0, hidden=None, least: bool = False) -> Prepared:
     """A MODEL and what its recipe makes of it.
 
-    steps: 0 takes the number in the file's name, else the recommended one; least: for a OneStep file, one.
+    steps: 0 takes the number in the file's name, else the recommended one; least: for a teacher of OneStep, one.
     hidden: a node's, with its id and the graph. Raises ValueError naming the cure where no recipe is known, where the
     MODEL is of another architecture, or for a number of steps it does not take.
     """
@@ -71,7 +71,7 @@ def prepare(model: ModelPatcher, family: str = AUTO, steps: int = 0, hidden=None
         check_base(recipe, base)
     elif meta is not None:
         recipe, why = of_file(meta), "what its file says"
-        usual = 1 if least else recipe.steps
+        usual = 1 if least and meta.method == "teacher" else recipe.steps
     else:
         recipe, name, usual = search(files(hidden), base)
         why = f"told by {name}"

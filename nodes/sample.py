@@ -57,7 +57,9 @@ class OneStepSample(io.ComfyNode):
                 ),
                 seed_input("Seed of the noise; each seed is another image. The same seed gives KSampler's noise."),
                 family_input(),
-                steps_input("one for a OneStep file, what their makers say for others"),
+                steps_input(
+                    "what a OneStep student was made for, one for its teacher, what their makers say for others"
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The image as a latent: decode it with the VAE.")],
             hidden=HIDDEN,

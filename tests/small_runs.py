@@ -39,10 +39,12 @@ def make(net):
 
 
 def build(kind, seed=1, **changes):
-    """The method, always the same but for `changes` to its options; "two loras": student and coach on one net."""
+    """The method, always the same but for `changes` to its options; "two loras": student and coach on one net; "two
+    steps": a student of two calls."""
     net, generator = Net(), torch.Generator().manual_seed(seed)
     form = StudentOptions(student="lora" if kind == "two loras" else "full", student_rank=4)
-    student, null = Student(form.grow(net, None, None, generator), make), {"c": torch.zeros(1, 2)}
+    steps = 2 if kind == "two steps" else 1
+    student, null = Student(form.grow(net, None, None, generator), make, 1.0, steps), {"c": torch.zeros(1, 2)}
     parts = Parts(net, make, student, null, generator=generator)
     if kind == "sds":
         return SDSOptions(**{"lr": 1e-3} | changes).build(parts)

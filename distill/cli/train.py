@@ -106,14 +106,14 @@ def train(o: Run) -> Path:
         file = teacher.student_path(file)
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
     guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
-    about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
+    about = {"method": o.method, "t_in": t_in, "steps": o.form.student_steps, "guidance": guidance, "config": plain(o)}
     if teacher.in_comfyui:
         about["workflow"] = teacher.graph(file, prompts and prompts[0])
     step = None
     try:
         with bars() as told:
             batches, shown = source(o, teacher, prompts, told)
-            sheet = sheets(teacher, shown, o.t_in, o.training.seed)
+            sheet = sheets(teacher, shown, o.t_in, o.form.student_steps, o.training.seed)
             how = {"t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in), "told": told}
             how |= {"student": o.form, "sheet": sheet, **start}
             for step in train_student(teacher, o.options, batches, o.training, o.out, **how):

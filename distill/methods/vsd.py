@@ -26,6 +26,7 @@ from ..denoiser import Cond, Denoiser, autoguided, drop, guided, with_plain
 from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, surrogate
 from ..sample import Generate
 from ..schedule import Times, expand, rand, randn, uniform
+from ..student import Student
 from .base import Method, Net, Parts, Phase
 
 
@@ -174,8 +175,11 @@ class VSD(Method):
         return loss, {"coach_loss": loss.detach()}
 
     def generate(self, batch: dict, generator: Generator) -> Tensor:
-        """Student samples, in fp32."""
-        return self.student(randn(batch["shape"], generator, batch.get("device")), batch["cond"]).float()
+        """Student samples, in fp32; of a student of several steps, what one of them draws."""
+        z = randn(batch["shape"], generator, batch.get("device"))
+        if isinstance(self.student, Student) and len(self.student.times) > 1:
+            return self.student.simulate(z, batch["cond"], generator).float()
+        return self.student(z, batch["cond"]).float()
 
     def renoise(self, x: Tensor, times: Times, generator: Generator) -> tuple[Tensor, Tensor]:
         """x (B, ...) noised at t ~ times -> (x_t, t)."""

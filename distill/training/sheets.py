@@ -10,7 +10,7 @@ from torch import Generator, nn
 
 from ..backbones.base import Backbone, to_pil
 from ..denoiser import Cond, map_cond
-from ..sample import one_step
+from ..sample import few_step, trailing
 from ..schedule import randn
 from .cache import leaves
 
@@ -18,23 +18,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def sheets(teacher: Backbone, cond: Cond, t_in: float | None = None, seed: int = 0) -> Callable[[nn.Module], Image]:
-    """sheet(net) -> the pictures of a one-step student, side by side in rows of at most eight.
+def sheets(
+    teacher: Backbone, cond: Cond, t_in: float | None = None, steps: int = 1, seed: int = 0
+) -> Callable[[nn.Module], Image]:
+    """sheet(net) -> the pictures of a student, side by side in rows of at most eight.
 
-    cond: of the prompts to show; t_in: where the student is called, as the net counts them. The noise is drawn here,
-    from the seed alone. A student elsewhere, as an average kept on the CPU, visits the teacher's device.
+    cond: of the prompts to show; t_in: where the student is called first, as the net counts them; steps: its calls. The
+    noise comes from the seed alone. A student elsewhere, as an average kept on the CPU, visits the teacher's device.
     """
     count = len(leaves(cond)[0])
     z = randn(teacher.shape(count), Generator().manual_seed(seed), "cpu")
+    times = [teacher.time(t_in) * t for t in trailing(steps)]
 
     @torch.no_grad()
     def sheet(net: nn.Module) -> Image:
         from PIL import Image
 
         home = next(net.parameters()).device
-        student = one_step(teacher.wrap(net.to(teacher.device)), teacher.time(t_in))
+        student = few_step(teacher.wrap(net.to(teacher.device)), times)
         rows = range(count)  # one by one: a sheet may not need more memory than training
-        latents = [student(z[i : i + 1].to(teacher.device), map_cond(lambda c, i=i: c[i : i + 1], here)) for i in rows]
+        noise = Generator().manual_seed(seed + 1)
+        latents = [
+            student(z[i : i + 1].to(teacher.device), map_cond(lambda c, i=i: c[i : i + 1], here), noise) for i in rows
+        ]
         net.to(home)
         pictures = [to_pil(teacher.decode(x))[0] for x in latents]
         width, height = pictures[0].size

@@ -40,7 +40,7 @@ def train_student(
     told: Told = lambda what, share: None,
     sheet: Callable[[nn.Module], Image] | None = None,
 ) -> Iterator[Step]:
-    """Train a one-step student of a teacher by the method that `options` (such as VSDOptions()) describe.
+    """Train a student of one step, or a few, of a teacher by the method that `options` (such as VSDOptions()) describe.
 
         for step in train_student(teacher, VSDOptions(), prompt_batches(teacher, prompts, 32), out="runs/mine"):
             print(step.step, step.logs)
@@ -73,7 +73,7 @@ def assemble(
     """The method with its nets, as `train_student` trains it; see there."""
     form, targets = student or StudentOptions(), teacher.lora_targets()
     grown = form.grow(teacher.net, net, targets, seeded("cpu", training.seed, 3))
-    one = Student(grown, teacher.wrap, teacher.time(t_in))
+    one = Student(grown, teacher.wrap, teacher.time(t_in), form.student_steps)
     if adapters is not None:
         one.load_state_dict(adapters)
     drawn_from = seeded("cpu", training.seed, 2)

@@ -217,3 +217,15 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
         "cuda:1",
         "cpu",
     ]
+
+
+def test_a_student_of_two_steps_says_so_and_is_sampled_in_two(place, door):
+    assert door(*QUICK, "--out", "two", "--student-steps", 2, "--sheet-every", 2)[0] == 0
+    two = student("two")
+    assert two.meta.steps == 2 and list(Path("two").glob("**/*.png"))
+    own, said, once = (
+        two.sample(["a red ring"], torch.Generator().manual_seed(0), **how) for how in ({}, {"steps": 2}, {"steps": 1})
+    )
+    assert torch.equal(own, said) and not torch.equal(own, once)
+    code, _, err = door("train", "regression", *TRAIN, "--pairs", 4, "--out", "pairs", "--student-steps", 2)
+    assert code == 2 and "student_steps is 2" in err

@@ -19,8 +19,8 @@ def save(latent: str = "sample", slot: int = 0) -> dict:
     return {"save": node("SaveLatent", samples=[latent, slot], filename_prefix="latents/test")}
 
 
-def one_step(file: str, model=("load", 0), seed: int = SEED) -> dict:
-    inputs = {"model": list(model), "positive": ["positive", 0], "latent": ["empty", 0], "seed": seed}
+def one_step(file: str, model=("load", 0), seed: int = SEED, steps: int = 0) -> dict:
+    inputs = {"model": list(model), "positive": ["positive", 0], "latent": ["empty", 0], "seed": seed, "steps": steps}
     return load(file) | {"sample": node("OneStepSample", **inputs)} | save()
 
 

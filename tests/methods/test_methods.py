@@ -11,6 +11,7 @@ from distill import toy
 from distill.methods import METHODS
 from distill.methods.base import Method, Parts, Phase
 from distill.methods.base import Net as Trained
+from distill.methods.regression import RegressionOptions
 from distill.methods.vsd import VSD, VSDOptions
 from distill.schedule import randn
 from distill.student import Student
@@ -182,3 +183,31 @@ def test_a_student_is_one_call_at_its_time():
     scale = (0.5**2 + 0.5**2) ** 0.5
     torch.testing.assert_close(student(z, cond), make(net)(scale * z, torch.full((3,), 0.5), cond))
     assert run("regression").student is not net
+
+
+def test_a_student_of_two_steps_learns_each_call_on_what_it_drew_before():
+    net, drawn, cond = Net(), [], {"c": torch.ones(3, 2)}
+    student = Student(net, make, 0.8, steps=2)
+    assert student.times == [0.8, 0.4]
+    z = randn((3, 2), torch.Generator().manual_seed(0))
+    for seed in range(8):
+        x = student.simulate(z, cond, torch.Generator().manual_seed(seed))
+        first = torch.equal(x, student(z, cond))
+        drawn.append(first)
+        if first:
+            continue
+        g = torch.Generator().manual_seed(seed)
+        torch.randint(2, (), generator=g)  # which call
+        with torch.no_grad():
+            x_t = SCHEDULE.noise(student(z, cond), torch.full((3,), 0.4), randn((3, 2), g))
+        again = make(net)(x_t, torch.full((3,), 0.4), cond)
+        torch.testing.assert_close(x, again)
+        both = [torch.autograd.grad(y.square().sum(), net.mlp.parameters()) for y in (x, again)]
+        torch.testing.assert_close(*both)  # nothing reaches the net through the first call
+    assert 0 < sum(drawn) < 8
+
+
+def test_pairs_teach_one_call():
+    student = Student(Net(), make, steps=2)
+    with pytest.raises(ValueError, match="student_steps is 2.*--init"):
+        RegressionOptions().build(Parts(Net(), make, student))

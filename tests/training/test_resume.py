@@ -21,7 +21,7 @@ from distill.training.loop import train
 # ------------------------------------------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("kind", ["lora", "two loras", "copy", "shared", "sds", "regression"])
+@pytest.mark.parametrize("kind", ["lora", "two loras", "two steps", "copy", "shared", "sds", "regression"])
 @pytest.mark.parametrize("stop", [1, 6])
 def test_resume_is_bitwise(tmp_path, kind, stop):
     run(kind, tmp_path / "straight")
