@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..packed.weight import QuantizedWeight, pack_nibbles, to_matrix
+from . import squant
 
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 """shares of a group's range that `clip` tries (AWQ tries down to 0.5, but for symmetric codes of whole rows)"""
@@ -41,11 +42,13 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> QuantizedWeight:
 
 
 def clip(weight: Tensor, bits: int, group: int, rows: Tensor | None = None) -> QuantizedWeight:
-    """The grids that minimise the error: of the weight, or of rows (R, K) @ weight; the better of two of equal size."""
-    found = fitted(weight, bits, group, rows)
-    if bits != 4 or group % 4 or group < 32:
-        return found
-    return min(found, fitted(weight, bits, group // 2, rows, signed=True), key=lambda q: misfit(q, weight, rows))
+    """The grids that minimise the error of the weight, or of rows (R, K) @ weight; the better of two of equal size.
+    Without rows, a convolution's codes are then balanced (squant.py)."""
+    found = [fitted(weight, bits, group, rows)]
+    if bits == 4 and group % 4 == 0 and group >= 32:
+        found.append(fitted(weight, bits, group // 2, rows, signed=True))
+    best = min(found, key=lambda q: misfit(q, weight, rows))
+    return squant.balanced(best, weight, AT_ONCE) if rows is None else best
 
 
 def fitted(weight: Tensor, bits: int, group: int, rows: Tensor | None, signed: bool = False) -> QuantizedWeight:

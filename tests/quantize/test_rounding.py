@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.packed.weight import QuantizedWeight, to_matrix, unpack_nibbles
-from distill.quantize import awq, lowrank, rounding, smooth
+from distill.quantize import awq, lowrank, rounding, smooth, squant
 from distill.quantize.calibrate import LayerStats, collect, relative_error
 
 
@@ -50,10 +50,58 @@ def test_clip_is_never_worse_than_nearest_on_what_it_minimises(shape, bits):
     w, stats = make(*shape), None
     w.view(-1)[::97] *= 4  # outliers
     nearest, clipped = rounding.round_to_nearest(w, bits, 32), rounding.clip(w, bits, 32)
-    assert relative_error(w, clipped.dequantize(), None) < 0.97 * relative_error(w, nearest.dequantize(), None)
+    assert felt(clipped, w) < 0.97**2 * felt(nearest, w)
     stats = seen(w)
     by_output = rounding.clip(w, bits, 32, stats.rows)
     assert relative_error(w, by_output.dequantize(), stats) < relative_error(w, clipped.dequantize(), stats)
+
+
+def felt(q, w):
+    """The squared error of the outputs where taps of a kernel are correlated by a half."""
+    d = (q.dequantize() - w).flatten(2) if w.ndim == 4 else q.dequantize() - w
+    return (d.square().sum() + (d.sum(2).square().sum() if d.ndim == 3 and d.shape[2] > 1 else 0)).item()
+
+
+def test_a_smooth_picture_comes_out_better_than_from_the_nearest_codes():
+    """On inputs whose neighbouring pixels are alike."""
+    g = torch.Generator().manual_seed(0)
+    w, x = make(32, 64, 3, 3), torch.randn(4, 64, 18, 18, generator=g)
+    x = torch.nn.functional.avg_pool2d(x, 3, 1)  # correlated by 2/3 with those beside, 1/3 with those two away
+    exact = torch.nn.functional.conv2d(x, w)
+
+    def error(q):
+        return (torch.nn.functional.conv2d(x, q.dequantize()) - exact).norm() / exact.norm()
+
+    found = rounding.clip(w, 4, 64)
+    assert (found.zero is None) == (found.group_size == 32)
+    nearest = rounding.fitted(w, 4, found.group_size, None, signed=found.zero is None)
+    assert torch.equal(found.scale, nearest.scale) and not torch.equal(found.codes, nearest.codes)
+    assert error(found) < 0.9 * error(nearest)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_of_each_kernel_the_one_code_that_saves_most_is_moved(bits):
+    """Against every way to move one code of each kernel by one, tried."""
+    w = make(6, 32, 3, 3)
+    nearest = rounding.fitted(w, bits, 32, None, signed=bits == 4)
+    found = squant.balanced(nearest, w, 300)  # a row at a time
+
+    def kernels(q):
+        return q.dequantize().flatten(2) - w.flatten(2)
+
+    def errors(d):
+        return d.square().sum(-1) + d.sum(-1).square()
+
+    d, codes = kernels(nearest), unpack_nibbles(nearest.codes).view(6, 9, 32).transpose(1, 2)
+    best = errors(d)
+    for tap in range(9):
+        for move in (-1, 1):
+            new = codes[..., tap].int() + move
+            tried = d.clone()
+            tried[..., tap] += move * nearest.scale[tap].float()[:, None]  # a group is a tap of all channels
+            best = torch.minimum(best, errors(tried).where((new >= 0) & (new < 2**bits), best))
+    torch.testing.assert_close(errors(kernels(found)), best, rtol=1e-4, atol=1e-8)
+    assert best.sum() < 0.7 * errors(d).sum()
 
 
 def test_least_squares_recovers_the_scale_of_its_codes():
