@@ -25,8 +25,9 @@ class Quantize:
     method: Literal["auto", "rtn", "clip", "scale", "awq", "svd", "smoothquant"] = "auto"
     """auto: awq where the model could be run for calibration, else clip (a low-rank branch without calibration takes
     0.4 bits for 5 % less error; groups of 32 give 14 % for 0.5). rtn: round to nearest. clip: the best range of each
-    group; without calibration, a convolution's kernels keep their sums. scale: AWQ's activation-aware scales alone. awq: those, then clip. svd: smoothing and a low-rank branch in
-    16 bits. smoothquant: 8 bits for weights and activations (W8A8)."""
+    group; without calibration, a convolution's kernels keep their sums. scale: AWQ's activation-aware scales alone.
+    awq: those, then clip. svd: smoothing and a low-rank branch in 16 bits. smoothquant: 8 bits for weights and
+    activations (W8A8)."""
     bits: Literal[2, 3, 4, 8] = 4
     """A code's bits. Codes of 2 and 3 bits are stored in 4."""
     group_size: int = 64
