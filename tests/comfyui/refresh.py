@@ -1,8 +1,8 @@
 """After a workflow, a node's schema or the bundled weights were changed: `python tests/comfyui/refresh.py` draws the
-workflows that workflows/build describes, writes every API twin, the English node definitions and docs/gallery.md, and
-runs what needs no download for the thumbnails; all with a ComfyUI it starts itself (found as the tests find it) and
-comfy-cli's conversion. Training takes its five minutes. `refresh.py OBJECT_INFO.json`, with a saved /object_info of
-ComfyUI, starts none and makes no thumbnails."""
+workflows and blueprints that workflows/build describes, writes every API twin, the English node definitions and
+docs/gallery.md, and runs what needs no download for the thumbnails; all with a ComfyUI it starts itself (found as the
+tests find it) and comfy-cli's conversion. Training takes its five minutes. `refresh.py OBJECT_INFO.json`, with a saved
+/object_info of ComfyUI, starts none and makes no thumbnails."""
 
 import json
 import sys
@@ -14,8 +14,10 @@ from server import HINT, PACK, Client, Server, find_comfyui
 
 FOLDER = PACK / "workflows"
 sys.path.insert(0, str(FOLDER / "build"))
+from blueprints import BLUEPRINTS  # noqa: E402
 from descriptions import GRAPHS  # noqa: E402
 from draw import draw  # noqa: E402
+from subgraph import draw_blueprint  # noqa: E402
 
 BY_HAND = ["one-step-text-to-image", "teacher-and-student", "four-bit-text-to-image"]
 WORKFLOWS = [*BY_HAND, *GRAPHS]
@@ -69,6 +71,8 @@ def describe(info: dict) -> None:
     """Everything that is made of ComfyUI's /object_info alone."""
     for name, described in GRAPHS.items():
         write(FOLDER / f"{name}.json", draw(name, described, info))
+    for name, blueprint in BLUEPRINTS.items():
+        write(PACK / f"subgraphs/{name}.json", draw_blueprint(name, blueprint, info))
     for name in WORKFLOWS:
         write(FOLDER / f"api/{name}.json", to_api(read(name), info))
     write(PACK / "locales/en/nodeDefs.json", definitions(info))
@@ -95,7 +99,7 @@ def definitions(info: dict) -> dict:
 
 
 def gallery() -> str:
-    """docs/gallery.md: every workflow with its picture and the first words of its note."""
+    """docs/gallery.md: every workflow with its picture and the first words of its note, and the blueprints."""
     parts = [
         "# Workflows",
         "In ComfyUI: *Workflow → Browse Templates → OneStep*. Each carries a note: what to look at, what to try."
@@ -110,6 +114,8 @@ def gallery() -> str:
         pictured = (FOLDER / f"{name}.jpg").is_file()
         shown = f"![{title[3:]}](../workflows/{name}.jpg)\n\n" if pictured else ""
         parts.append(f"### {title[3:]}\n\n{shown}{text}\n\n[{name}.json](../workflows/{name}.json)")
+    parts += ["## Blueprints", "One node each, with a graph inside: in the node library under *Subgraph Blueprints*."]
+    parts.append("\n".join(f"- **{name}**: {blueprint.about}" for name, blueprint in BLUEPRINTS.items()))
     return "\n\n".join(parts) + "\n"
 
 

@@ -126,6 +126,24 @@ def test_a_students_file_opens_its_own_graph(page, folder):
     assert page.evaluate(loader) == path.name
 
 
+def test_a_blueprint_comes_out_of_the_node_library_as_one_node_and_runs(page):
+    page.evaluate("() => window.app.graph.clear()")
+    page.evaluate(VUE, True)  # the old canvas shows no picture on a subgraph's node
+    try:
+        page.keyboard.press("n")
+        page.get_by_placeholder("Search").first.fill("One-step text to image")
+        page.get_by_text("One-step text to image", exact=True).first.click()
+        page.mouse.click(1000, 300)
+        page.wait_for_function("() => window.app.graph.nodes.length === 1")
+        page.locator("[data-testid='queue-button']").first.click()
+        shown = page.locator("[data-node-id] img")
+        shown.nth(3).wait_for()
+        assert shown.first.evaluate("i => i.decode().then(() => i.naturalWidth)") == 64
+        assert not page.problems, page.problems
+    finally:
+        page.evaluate(VUE, False)
+
+
 @pytest.mark.parametrize(("vue", "steps"), [(False, 4), (True, 3)])
 def test_the_recipe_is_told_on_its_node(page, vue, steps, tmp_path):
     guider = node("BasicGuider", model=["recipe", 0], conditioning=["positive", 0])

@@ -44,9 +44,13 @@ class Described:
     widths: list[int]
     note_size: tuple[int, int] = (290, 560)
 
-    @property
-    def boxes(self) -> dict[str, Box]:
-        return {name: box for column in self.columns for name, box in column.items()}
+
+@dataclass(frozen=True)
+class Asked:
+    """An inner widget that a blueprint's node shows: its value until someone changes it, and another name for it."""
+
+    value: Any
+    label: str | None = None
 
 
 def draw(name: str, described: Described, info: dict) -> dict[str, Any]:
@@ -57,26 +61,9 @@ def draw(name: str, described: Described, info: dict) -> dict[str, Any]:
         "widgets_values": [f"## {described.title}\n\n{unwrapped(described.note)}"],
     }  # fmt: skip
     note |= dict(zip(("color", "bgcolor"), COLOURS["note"]))
-    ids = {key: i for i, key in enumerate(described.boxes, 2)}
-    nodes, links, x = [note], [], described.note_size[0] + BESIDE
-    outgoing: dict[tuple[str, int], list[int]] = {}
-    for width, column in zip(described.widths, described.columns, strict=True):
-        y = 0
-        for key, box in column.items():
-            drawn = node(ids[key], box, info[box.kind], (x, y), width)
-            for slot, entry in enumerate(drawn["inputs"]):
-                source, output = box.inputs[entry["name"]]
-                kind = info[described.boxes[source].kind]["output"][output]
-                links.append([len(links) + 1, ids[source], output, ids[key], slot, named(kind)])
-                entry["link"] = len(links)
-                outgoing.setdefault((source, output), []).append(len(links))
-            nodes.append(drawn)
-            y += drawn["size"][1] + PREVIEWS.get(box.kind, 0) + GAP
-        x += width + BESIDE
-    for key in described.boxes:
-        for slot, output in enumerate(nodes[ids[key] - 1]["outputs"]):
-            output["links"] = outgoing.get((key, slot), [])
-    right = x - BESIDE
+    left = described.note_size[0] + BESIDE
+    nodes, links, right = placed(described.columns, described.widths, info, first=2, left=left)
+    nodes = [note, *nodes]
     bottom = max(n["pos"][1] + n["size"][1] + PREVIEWS.get(n["type"], 0) for n in nodes)
     scale = int(100 * min(1.0, SCREEN[0] / right, SCREEN[1] / (bottom + TITLE))) / 100
     if scale < LEAST:
@@ -84,9 +71,40 @@ def draw(name: str, described: Described, info: dict) -> dict[str, Any]:
     offset = [round(CORNER[0] / scale), round(CORNER[1] / scale) + TITLE]
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"onestep/{name}")), "revision": 0, "last_node_id": len(nodes),
-        "last_link_id": len(links), "nodes": nodes, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": scale, "offset": offset}}, "version": 0.4,
+        "last_link_id": len(links), "nodes": nodes, "links": [list(link) for link in links], "groups": [],
+        "config": {}, "extra": {"ds": {"scale": scale, "offset": offset}}, "version": 0.4,
     }  # fmt: skip
+
+
+Link = tuple[int, int, int, int, int, str]
+"""its number; node and output it comes from; node and input it goes to; type"""
+
+
+def placed(
+    columns: list[dict[str, Box]], widths: list[int], info: dict, first: int, left: int
+) -> tuple[list[dict[str, Any]], list[Link], int]:
+    """Boxes in columns -> (their nodes, numbered from `first` on, the links between them, where the last one ends)."""
+    boxes = {name: box for column in columns for name, box in column.items()}
+    ids = {name: i for i, name in enumerate(boxes, first)}
+    nodes: list[dict[str, Any]] = []
+    links: list[Link] = []
+    for width, column in zip(widths, columns, strict=True):
+        y = 0
+        for name, box in column.items():
+            drawn = node(ids[name], box, info[box.kind], (left, y), width)
+            for slot, entry in enumerate(drawn["inputs"]):
+                if isinstance(box.inputs[entry["name"]], Asked):
+                    continue
+                source, output = box.inputs[entry["name"]]
+                kind = named(info[boxes[source].kind]["output"][output])
+                entry["link"] = len(links) + 1
+                links.append((len(links) + 1, ids[source], output, ids[name], slot, kind))
+            nodes.append(drawn)
+            y += drawn["size"][1] + PREVIEWS.get(box.kind, 0) + GAP
+        left += width + BESIDE
+    for number, source, output, *_ in links:
+        nodes[source - first]["outputs"][output]["links"].append(number)
+    return nodes, links, left - BESIDE
 
 
 def unwrapped(text: str) -> str:
@@ -104,19 +122,20 @@ def node(number: int, box: Box, schema: dict, corner: tuple[int, int], width: in
     for name, (kind, *options) in known.items():
         options = (options or [{}])[0]
         widget = is_widget(kind, options)
-        linked = isinstance(box.inputs.get(name), tuple)
-        if linked:
+        value = box.inputs.get(name)
+        linked, asked = isinstance(value, tuple), isinstance(value, Asked)
+        if linked or asked:
             entry = {"name": name, "type": named(kind), "link": None}
             inputs.append(entry | ({"widget": {"name": name}} if widget else {}))
         if not widget:
             sockets += 1
             continue
         rows, tall = rows + 1, tall + bool(options.get("multiline"))
-        value = box.inputs.get(name)
         if linked and named(kind) == "COMBO":
             values.append("")  # its choices may be this machine's files
         else:
-            values.append(default(kind, options) if linked or value is None else value)
+            given = value.value if asked else value
+            values.append(default(kind, options) if linked or value is None else given)
         if options.get("control_after_generate"):
             values.append("fixed")
             rows += 1
