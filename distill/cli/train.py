@@ -90,6 +90,7 @@ def train(o: Run) -> Path:
     """As `run`, from one of COMMANDS' dataclasses."""
     from ..checks import need
     from ..training.prompts import read_prompts
+    from ..training.sharding import whole
     from ..training.sheets import sheets
     from ..training.students import train_student
     from .console import bars, is_main_process, refuse_run, writable
@@ -123,8 +124,8 @@ def train(o: Run) -> Path:
         print(f"\nStopped: {left}; the same command with --resume goes on.")
         raise
     finally:
-        if step is not None and is_main_process():
-            teacher.save_student(file, step.ema, base=base, **about)
+        if step is not None and (ema := whole(step.ema, is_main_process())) is not None and is_main_process():
+            teacher.save_student(file, ema, base=base, **about)
     print(file)
     return file
 

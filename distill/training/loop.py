@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 
 from ..checks import need
 from ..methods.base import Batches, Method, Phase
-from . import records
+from . import records, sharding
 from .options import TrainOptions
 from .state import Run, Step
 from .stopping import undivided
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
 
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+OTHERS = ("DEEPSPEED", "MEGATRON_LM")
 """What accelerate can be told to do, and this loop does not."""
 
 
@@ -82,23 +82,26 @@ def train(
 
     Several processes (accelerate launch, torchrun; without GPUs device="cpu") start from the first one's weights and
     average their gradients. n of them do what one does with n times `accumulate`; where one is asked to stop, all do
-    after the same step. Sharded nets (FSDP) are refused (ValueError).
+    after the same step. Where accelerate was launched with FSDP2, trained nets are sharded (`sharding`): all processes
+    have to look at a Step's nets together.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=str(device) == "cpu")
     kind = accelerator.distributed_type.value
-    need(kind not in SHARDED, "distributed_type", kind, "nets are not sharded; launch with --multi_gpu")
+    need(kind not in OTHERS, "distributed_type", kind, "launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
     device = torch.device(device) if device else accelerator.device
+    mesh = sharding.mesh_of(accelerator, device, options)
     for net in method.nets.values():
         net.module.to(device)
     prepare(method, options)
-    run = Run(method, options, identity)
-    _share(run, accelerator)
+    _share(method, accelerator)
+    run = Run(method, options, identity, mesh)
     folder = Path(out) / "checkpoints" if out is not None else None
     if folder is not None:
         run.open(folder, resume)
     keep = folder is not None and accelerator.is_main_process
+    helps = keep or mesh is not None  # with what one process keeps
     recorders = records.recorders(Path(out), run.step, options.tracker, run.about()) if keep else []
     clock, between = time.monotonic() - run.seconds, True
     try:
@@ -111,20 +114,20 @@ def train(
                 run.step += 1
                 run.seconds, asked = _agree(time.monotonic() - clock, stop.asked, accelerator)
                 between, row = True, run.summed(options.log_every)
-                page = sheet(run.averages["student"]) if sheet and keep and _due(run, options.sheet_every) else None
+                page = sheet(run.averages["student"]) if sheet and helps and _due(run, options.sheet_every) else None
                 for recorder in recorders:
                     recorder.row(run.step, row)
                     if page is not None:
                         recorder.sheet(run.step, page)
-                if keep and _due(run, options.save_every):
-                    run.save(folder)
+                if folder and helps and _due(run, options.save_every):
+                    run.save(folder, keep)
                 try:
                     yield run.report(row)
                 finally:
                     stop.let_through(asked if accelerator.num_processes > 1 else stop.asked)
     except (KeyboardInterrupt, GeneratorExit):
-        if keep and between:  # never half a step: a second Ctrl-C leaves the checkpoint before
-            run.save(folder)
+        if folder and helps and between:  # never half a step: a second Ctrl-C leaves the checkpoint before
+            run.save(folder, keep)
         raise
 
 
@@ -184,9 +187,9 @@ def _update(
     means = torch.stack(seen).mean(0)
     if accelerator.num_processes > 1:  # by hand: nets that call each other do not fit DDP's hooks
         means = accelerator.reduce(means, "mean")
-        for p in params:
+        for p in sharding.uncut(params):
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
-    norm = nn.utils.clip_grad_norm_(params, o.clip).detach().float()
+    norm = sharding.full(nn.utils.clip_grad_norm_(params, o.clip).detach()).float()
     logs = dict(zip([*readouts, f"{name}_grad_norm"], torch.cat([means[1:], norm[None]]).tolist()))
     _check(run, logs)
     run.average(name)
@@ -228,17 +231,15 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def _share(run: Run, accelerator: Accelerator) -> None:
+def _share(method: Method, accelerator: Accelerator) -> None:
     """Every process starts from the first one's weights."""
     if accelerator.num_processes == 1:
         return
     from accelerate.utils import broadcast
 
-    for name, params in run.params.items():
-        for p in params:
+    for net in method.nets.values():
+        for p in net.parameters():
             p.copy_(broadcast(p.data.clone()))
-        if run.options.ema is not None and name in run.averages:
-            run.averages[name].load_state_dict(run.nets[name].module.state_dict())
 
 
 def _agree(seconds: float, asked: list[int], accelerator: Accelerator) -> tuple[float, list[int]]:

@@ -7,17 +7,21 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import shared
 from ..methods.base import Method
-from . import store
+from . import sharding, store
 from .optimizers import load_state, make_optimizer, state_tensors
 from .options import TrainOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +63,12 @@ class Average:
         self.module = shared(net, [*frozen, *net.buffers()] if frozen else []).requires_grad_(False).eval()
         if on_cpu and not frozen:
             self.module.to("cpu")
-        pairs = zip((*self.module.parameters(), *self.module.buffers()), (*net.parameters(), *net.buffers()))
-        self._pairs = [(mean, now) for mean, now in pairs if mean is not now]
+        self.net = net
+
+    @cached_property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        ours, theirs = ((*m.parameters(), *m.buffers()) for m in (self.module, self.net))
+        return [(mean, now) for mean, now in zip(ours, theirs) if mean is not now]
 
     @torch.no_grad()
     def take(self, decay: float) -> None:
@@ -85,18 +93,27 @@ class Run:
     """The state of a run between two steps.
 
     identity: what the run is about (method, teacher, ...), JSON; a saved run of another identity is not gone on with.
+    mesh: the processes that nets are sharded over.
     """
 
-    def __init__(self, method: Method, options: TrainOptions, identity: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        method: Method,
+        options: TrainOptions,
+        identity: Mapping[str, Any] | None = None,
+        mesh: DeviceMesh | None = None,
+    ):
         self.options, self.method_options = options, asdict(getattr(method, "options", None) or options)
         self.nets = dict(method.nets)
+        averaged = {name: net.module for name, net in self.nets.items() if net.average}
+        self.kept = {} if options.ema is None else {n: Average(m, options.ema_on_cpu) for n, m in averaged.items()}
+        self.averages = averaged | {name: average.module for name, average in self.kept.items()}
+        if mesh is not None:  # before anything holds a parameter
+            sharding.shard_all(self.nets, self.averages, mesh)
         self.params = {name: net.parameters() for name, net in self.nets.items()}
         for name, params in self.params.items():
             if not params:
                 raise ValueError(f"the {name} has nothing to train: copy it before a coach freezes it, or unfreeze it")
-        averaged = {name: net.module for name, net in self.nets.items() if net.average}
-        self.kept = {} if options.ema is None else {n: Average(m, options.ema_on_cpu) for n, m in averaged.items()}
-        self.averages = averaged | {name: average.module for name, average in self.kept.items()}
         self.optimizers = {n: make_optimizer(options, p, self.nets[n].lr) for n, p in self.params.items()}
         self.step, self.seconds, self.logs, self.sums = 0, 0.0, {}, {}
         self.updates = dict.fromkeys(self.averages, 0)
@@ -144,14 +161,17 @@ class Run:
         averages = {f"{name}_average": average for name, average in self.kept.items()}
         return {name: net.trained for name, net in self.nets.items()} | averages
 
-    def save(self, folder: Path) -> Path:
-        """Write a checkpoint; its path."""
+    def save(self, folder: Path, write: bool = True) -> None:
+        """Write a checkpoint. Of several processes one writes; where nets are sharded the others have to lend it their
+        pieces."""
         tensors = {f"{n}/{k}": v for n, part in self._parts().items() for k, v in part.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             tensors |= {f"{name}_optimizer/{k}": v for k, v in state_tensors(optimizer).items()}
         state = {name: getattr(self, name) for name in ("step", "seconds", "updates", "logs", "sums", "identity")}
         state["options"] = self.about()
-        return store.save(folder, self.step, tensors, state, self.options.keep)
+        tensors = sharding.gathered(tensors, write)
+        if write:
+            store.save(folder, self.step, tensors, state, self.options.keep)
 
     def open(self, folder: Path, resume: bool) -> None:
         """Go on from the newest checkpoint in the folder, or see that there is none to be overwritten."""
@@ -189,11 +209,13 @@ class Run:
             parts.setdefault(part, {})[name] = v
         for name, part in self._parts().items():
             try:
-                part.load_state_dict(parts[name])
+                part.load_state_dict(sharding.cut(parts[name], part.state_dict()))
             except (KeyError, RuntimeError) as error:
                 raise ValueError(f"the saved {name} does not fit this run's: {error}") from None
         for name, optimizer in self.optimizers.items():
-            load_state(optimizer, parts.get(f"{name}_optimizer", {}))
+            moments = parts.get(f"{name}_optimizer", {})
+            of = {key: self.params[name][int(key.partition("/")[0])] for key in moments}
+            load_state(optimizer, sharding.cut(moments, of))
         for name in ("step", "seconds", "updates", "logs", "sums"):
             setattr(self, name, state[name])
 

@@ -1,6 +1,8 @@
-"""Two processes on a CPU (gloo) do what one does with twice the batches, and what they leave, either goes on with."""
+"""Two processes on a CPU (gloo) do what one does with twice the batches, and what they leave, either goes on with: with
+whole nets, and with nets sharded as `accelerate launch --use_fsdp --fsdp_version 2` asks for."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,23 +14,27 @@ import tiny
 import torch
 from small_runs import contents
 
+from distill.backbones import load
+
 pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).with_name("two_processes.py"))
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate's launcher sets
 
 
-def start(count, out, case):
-    words = [SCRIPT, str(out), case]
+def started(count, words, cwd=None, **env):
     if count > 1:
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *words]
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])} | env
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, *map(str, words)], **pipes, cwd=cwd, env=env)
 
 
-def go(count, out, case="whole", code=0):
-    process = start(count, out, case)
+def go(count, out, case="whole", kind="copy", code=0, **env):
+    """(pieces of sharded tensors, weights, readouts) of each process; where it has to fail, what it says."""
+    process = started(count, [SCRIPT, out, case, kind], **env)
     told, errors = process.communicate(timeout=600)
     assert (process.returncode == 0) == (code == 0), errors
-    return [line.split(maxsplit=2)[1:] for line in told.splitlines() if line.startswith("weights")]
+    return errors if code else re.findall(r"weights (\d+) (\S+) (\{.*?\})", told)  # two may write into one line
 
 
 def near(a, b):
@@ -48,30 +54,34 @@ def one(tmp_path_factory):
     return out
 
 
-def test_two_processes_are_one_with_the_same_batches(tmp_path, one):
-    (a, logs_a), (b, logs_b) = go(2, tmp_path)
-    assert a == b and logs_a == logs_b, "one net and the means over all, in both"
+@pytest.mark.parametrize("env, pieces", [({}, 0), (SHARDED, 12)], ids=["whole", "sharded"])
+def test_two_processes_are_one_with_the_same_batches(tmp_path, one, env, pieces):
+    a, b = go(2, tmp_path, **env)
+    assert a == b and int(a[0]) == pieces, "one net and the means over all, in both"
     near(tmp_path, one)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 5, "one set of files"
 
 
+@pytest.mark.parametrize("env", [{}, SHARDED], ids=["whole", "sharded"])
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, one, first, then):
-    go(first, tmp_path, "stop")
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, one, env, first, then):
+    go(first, tmp_path, "stop", **env)
     assert contents(tmp_path)[2] == "step-00000006.safetensors"
-    go(then, tmp_path)
+    go(then, tmp_path, **env)
     near(tmp_path, one)
 
 
-def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(tmp_path, one):
-    go(2, tmp_path, "killed", code=1)
+@pytest.mark.parametrize("env", [{}, SHARDED], ids=["whole", "sharded"])
+def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(tmp_path, one, env):
+    go(2, tmp_path, "killed", code=1, **env)
     assert contents(tmp_path)[2] == "step-00000004.safetensors"
     go(1, tmp_path)
     near(tmp_path, one)
 
 
-def test_sigterm_ends_all_processes_after_the_same_step_and_saves(tmp_path):
-    process = start(2, tmp_path, "endless")
+@pytest.mark.parametrize("env", [{}, SHARDED], ids=["whole", "sharded"])
+def test_sigterm_ends_all_processes_after_the_same_step_and_saves(tmp_path, env):
+    process = started(2, [SCRIPT, tmp_path, "endless"], **env)
     while not (tmp_path / "steps").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -80,17 +90,41 @@ def test_sigterm_ends_all_processes_after_the_same_step_and_saves(tmp_path):
     assert told <= contents(tmp_path)[1]["step"] <= told + 1
 
 
-def test_the_command_line_in_two_processes_is_one_run(tmp_path):
-    """Prompts are encoded by both, each its shards; one of them prints and saves."""
+def test_beside_a_sharded_student_a_lora_coach_stays_whole(tmp_path):
+    go(1, tmp_path / "one", kind="lora")
+    a, b = go(2, tmp_path / "two", kind="lora", **SHARDED)
+    assert a == b and int(a[0]) == 6
+    near(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "kind, env, told",
+    [
+        ("two loras", {}, "adapters are not sharded"),
+        ("two steps", {}, "student_steps is 2: a sharded student (FSDP) takes 1"),
+        ("copy", {"FSDP_VERSION": "1"}, "fsdp_version is '1': launch with --fsdp_version 2"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tmp_path, kind, env, told):
+    assert told in go(2, tmp_path, kind=kind, code=1, **SHARDED | env)
+
+
+@pytest.mark.parametrize("env", [{}, SHARDED], ids=["whole", "sharded"])
+def test_the_command_line_in_two_processes_is_one_run(tmp_path, env):
+    """Prompts are encoded by both, each its shards; one prints and saves, the student that one process makes."""
     tiny.write(tmp_path / "t.safetensors", method="teacher", steps=2, guidance={"scale": 2.0, "baked": False})
     (tmp_path / "prompts.txt").write_text("a red ring\na small blue square\n" * 150)
-    words = ["--out", "run", "--teacher", "t.safetensors", "--prompts", "prompts.txt", "--device", "cpu"]
-    words += ["--steps", "2", "--batch-size", "2", "--max-spread", "1e3"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distill", "train", "sds"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    how = {"capture_output": True, "text": True, "cwd": tmp_path, "env": env, "timeout": 600}
-    done = subprocess.run([sys.executable, *launch, *words], **how)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run/student.safetensors") == 1
-    shards = [p.name for p in (tmp_path / "run" / "cache").rglob("*.safetensors")]
+    words = ["-m", "distill", "train", "vsd", "--coach", "copy", "--teacher", "t.safetensors", "--device", "cpu"]
+    words += ["--prompts", "prompts.txt", "--steps", 2, "--batch-size", 2, "--max-spread", "1e3", "--sheet-every", 1]
+    words += ["--gradient-checkpointing"]
+    for count, accumulate, more in ((1, 2, {}), (2, 1, env)):
+        process = started(count, [*words, "--accumulate", accumulate, "--out", f"run{count}"], tmp_path, **more)
+        told, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        assert told.count(f"run{count}/student.safetensors") == 1
+    a, b = (load(tmp_path / f"run{count}" / "student.safetensors").net.state_dict() for count in (1, 2))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+    shards = [p.name for p in (tmp_path / "run2" / "cache").rglob("*.safetensors")]
     assert sorted(shards) == ["000000.safetensors", "000001.safetensors"]
+    assert len(list((tmp_path / "run2" / "sheets").iterdir())) == 2

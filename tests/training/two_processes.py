@@ -1,6 +1,7 @@
 """One of the processes that test_processes.py starts: trains in OUT, as CASE says, and prints its weights.
 
-OUT CASE: "whole", to the end; "stop", to step 6; "killed", the second process dies in step 7; "endless", until SIGTERM.
+OUT CASE [KIND]: "whole", to the end; "stop", to step 6; "killed", the second process dies in step 7; "endless", until
+SIGTERM. KIND is a method of small_runs.py, by default with a copy of the teacher as coach.
 """
 
 import os
@@ -15,26 +16,29 @@ sys.path[:0] = [str(p) for p in Path(__file__).parents[1:3]]
 from small_runs import TINY, batches, build  # noqa: E402
 
 from distill.training.loop import train  # noqa: E402
+from distill.training.sharding import full, whole  # noqa: E402
 
 
 def terminated(signum, frame):
     raise KeyboardInterrupt
 
 
-def main(out, case):
+def main(out, case, kind="copy"):
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, terminated)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     steps = 10**6 if case == "endless" else TINY.steps
     options = replace(TINY, steps=steps, accumulate=4 // world)
-    for last in train(build("copy", seed=rank), batches, options, out, resume=True, device="cpu"):
+    for last in train(build(kind, seed=rank), batches, options, out, resume=True, device="cpu"):
         if case == "endless" and rank == 0:
             Path(out, "steps").write_text(str(last.step))
         if case == "stop" and last.step == 6:
             break
         if case == "killed" and last.step == 6 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-    print("weights", sum(p.double().sum().item() for p in last.student.parameters()), last.logs, flush=True)
+    held = [p for net in last.nets.values() for p in net.parameters()]
+    pieces = sum(full(p) is not p and p.to_local().numel() < p.numel() for p in held)
+    print("weights", pieces, sum(p.double().sum().item() for p in whole(last.ema).parameters()), last.logs, flush=True)
 
 
 if __name__ == "__main__":
