@@ -237,9 +237,9 @@ def test_frozen_weights_may_be_halves_and_what_is_trained_never_is(tmp_path):
         assert {p.dtype for p in teacher.net.parameters()} == {torch.bfloat16}
 
 
-def test_a_launch_with_sharding_is_refused(monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="distributed_type is 'FSDP': nets are not sharded; launch with --multi_gpu"):
+def test_a_launch_of_another_engine_is_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="distributed_type is 'DEEPSPEED': launch with --multi_gpu, or --use_fsdp"):
         next(train(build("copy"), batches, TINY))
 
 

@@ -97,18 +97,6 @@ def test_beside_a_sharded_student_a_lora_coach_stays_whole(tmp_path):
     near(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize(
-    "kind, env, told",
-    [
-        ("two loras", {}, "adapters are not sharded"),
-        ("two steps", {}, "student_steps is 2: a sharded student (FSDP) takes 1"),
-        ("copy", {"FSDP_VERSION": "1"}, "fsdp_version is '1': launch with --fsdp_version 2"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(tmp_path, kind, env, told):
-    assert told in go(2, tmp_path, kind=kind, code=1, **SHARDED | env)
-
-
 @pytest.mark.parametrize("env", [{}, SHARDED], ids=["whole", "sharded"])
 def test_the_command_line_in_two_processes_is_one_run(tmp_path, env):
     """Prompts are encoded by both, each its shards; one prints and saves, the student that one process makes."""

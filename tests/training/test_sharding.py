@@ -2,11 +2,14 @@
 is. Groups of two are in test_processes.py."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from small_runs import build
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -72,3 +75,29 @@ def test_a_process_that_keeps_nothing_gets_nothing_and_a_whole_net_is_itself(mes
     assert sharding.whole(net, keep=False) is net
     sharding.shard(net, mesh)
     assert sharding.whole(net, keep=False) is None and sharding.gathered(net.state_dict(), False) == {}
+
+
+@pytest.mark.parametrize(
+    "options, version, told",
+    [
+        ({}, "1", "fsdp_version is '1': launch with --fsdp_version 2"),
+        ({"optimizer": "adamw8bit"}, "2", "optimizer is 'adamw8bit': sharded nets (FSDP) take only adamw"),
+        ({"compile": True}, "2", "compile is True: sharded nets"),
+        ({"ema_on_cpu": True}, "2", "ema_on_cpu is True: sharded nets"),
+    ],
+)
+def test_what_does_not_go_with_sharded_nets_is_refused(monkeypatch, options, version, told):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        sharding.mesh_of(SimpleNamespace(num_processes=2), torch.device("cpu"), TrainOptions(**options))
+    alone = SimpleNamespace(num_processes=1)
+    assert sharding.mesh_of(alone, torch.device("cpu"), TrainOptions(**options)) is None
+
+
+@pytest.mark.parametrize(
+    "kind, told", [("two loras", "adapters are not sharded"), ("two steps", "student_steps is 2: a sharded student")]
+)
+def test_nets_that_cannot_be_sharded_are_refused(mesh, kind, told):
+    with pytest.raises(ValueError, match=told):
+        sharding.shard_all(build(kind).nets, {}, mesh)
