@@ -125,7 +125,7 @@ def bundled_net(name: str) -> tuple[nn.Module, Inputs]:
         cond = model.encode(PROMPTS * 4)
         more = [cond[k] for k in ("encoder_hidden_states", "class_labels") if k in cond]
         x = torch.randn(4 * len(PROMPTS), channels, size, size, generator=g)
-        return x, torch.full((len(x),), 999 if name == "student" else 500), *more
+        return x, torch.full((len(x),), 500 if name == "teacher" else int(model.meta.t_in)), *more
 
     return model.net, inputs
 

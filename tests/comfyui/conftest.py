@@ -6,6 +6,7 @@ import textwrap
 import pytest
 import tiny
 import torch
+from graphs import FOUR_BITS, quantize
 from server import HINT, Client, Server, find_comfyui, find_python
 
 MODELS = {
@@ -120,3 +121,11 @@ def client(server):
 def folder(server):
     """Where the MODELS are."""
     return server.base / "models/diffusion_models"
+
+
+@pytest.fixture(scope="session")
+def quantized(client, folder):
+    """The tiny student through OneStepQuantize -> (path, what the node said, the run)."""
+    run = client.run(quantize("student.safetensors", name=FOUR_BITS.removesuffix(".safetensors")))
+    assert not run.errors, run.errors
+    return folder / FOUR_BITS, run.outputs["quantize"]["text"][0], run

@@ -4,6 +4,7 @@ from server import node
 
 PROMPT = "a small red ring on a blue background, top left"
 SEED = 7
+FOUR_BITS = "four-bits.safetensors"
 
 
 def load(file: str, prompt: str = PROMPT) -> dict:
@@ -49,3 +50,12 @@ def ksampler(file: str, steps: int, cfg: float) -> dict:
     inputs = {"model": ["load", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
     inputs |= {"latent_image": ["empty", 0], "seed": SEED, "steps": steps, "cfg": cfg, "denoise": 1.0}
     return one_step(file) | {"sample": node("KSampler", sampler_name="euler", scheduler="simple", **inputs)}
+
+
+def quantize(file: str, **more) -> dict:
+    inputs = {"file": file, "name": "", "method": "auto", "bits": "4", "text_encoder": True, "prompts": "a red ring"}
+    return {"quantize": node("OneStepQuantize", **inputs | more)}
+
+
+def load_4bit(file, activations: str = "float") -> dict:
+    return {"four": node("OneStepLoad4Bit", file=file, activations=activations)}

@@ -3,12 +3,13 @@
 import pytest
 import tiny
 import torch
+from graphs import load_4bit, quantize
 from safetensors.torch import load_file, save_file
 from server import node
-from test_4bit import load_4bit, quantize, relative
 from test_nodes import latent_of
 
 from distill.layouts import unet_to_ldm
+from distill.quantize.source import relative
 
 CONFIG = {
     "block_out_channels": (320,), "layers_per_block": 1, "cross_attention_dim": 768, "sample_size": 8,
