@@ -1,14 +1,15 @@
 """After a workflow, a node's schema or the bundled weights were changed: `python tests/comfyui/refresh.py` draws the
 workflows and blueprints that workflows/build describes, writes every API twin, the English node definitions and
-docs/gallery.md, and runs what needs no download for the thumbnails; all with a ComfyUI it starts itself (found as the
-tests find it) and comfy-cli's conversion. Training takes its five minutes. `refresh.py OBJECT_INFO.json`, with a saved
-/object_info of ComfyUI, starts none and makes no thumbnails."""
+docs/gallery.md, runs what needs no download for the thumbnails, and takes the pictures of shots.py; all with a ComfyUI
+it starts itself (found as the tests find it), comfy-cli's conversion and a Chromium. Training takes its five minutes.
+`refresh.py OBJECT_INFO.json`, with a saved /object_info of ComfyUI, starts none and makes no pictures."""
 
 import json
 import sys
 import tempfile
 from pathlib import Path
 
+import shots
 from PIL import Image
 from server import HINT, PACK, Client, Server, find_comfyui
 
@@ -133,6 +134,8 @@ def main(saved: str | None = None) -> None:
             for name in LOCAL:
                 thumbnail(list(pictures(client, read(f"api/{name}")).values())).save(FOLDER / f"{name}.jpg", quality=92)
             (PACK / "docs/gallery.md").write_text(gallery(), "utf-8")  # it shows those that are there
+            shots.nodes(server)
+            shots.readme(server)
         finally:
             server.stop()
 
