@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 class Server:
     """A ComfyUI process on a free port of 127.0.0.1. `base` holds its models, input, output and custom_nodes."""
 
-    def __init__(self, comfyui: Path, base: Path):
+    def __init__(self, comfyui: Path, base: Path, *more: str):
         self.base, self.log_file = base, base / "comfyui.log"
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -60,7 +60,7 @@ class Server:
             "--database-url": f"sqlite:///{base / 'comfyui.db'}",
             "--preview-method": "latent2rgb",
         }
-        flags = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", *sum(arguments.items(), ())]
+        flags = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", *sum(arguments.items(), ()), *more]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 [find_python(comfyui), "main.py", *flags],
@@ -71,13 +71,15 @@ class Server:
             )
 
     @classmethod
-    def fresh(cls, comfyui: Path, base: Path) -> Server:
-        """Make the folders ComfyUI expects in `base`, link this pack into custom_nodes, start, and wait."""
+    def fresh(cls, comfyui: Path, base: Path, *more: str) -> Server:
+        """Make the folders ComfyUI expects in `base`, link this pack into custom_nodes, start, and wait.
+
+        more: flags of its command line."""
         for folder in FOLDERS:
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')  # no welcome page
         (base / "custom_nodes/onestep-nodes").symlink_to(PACK, target_is_directory=True)
-        server = cls(comfyui, base)
+        server = cls(comfyui, base, *more)
         server.wait()
         return server
 
@@ -107,6 +109,15 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process holds of the machine's memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+    def post(self, path: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(self.url + path, b"", method="POST"), timeout=60).close()
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
