@@ -14,20 +14,20 @@ from torch import Generator, Tensor, nn
 from .adapters import Lora
 from .checks import positive, within
 from .denoiser import Cond, Denoiser, Make
-from .sample import few_step, one_step, renoised, trailing
+from .sample import few_step, one_step, renoised
 
 
 class Student:
     """g(z, cond) -> x0: the net called once at t_in, and what of it is trained.
 
     z ~ N(0, 1) of the shape of x0, (B, ...). net: trained whole, or by its adapters. make turns it into a Denoiser;
-    t_in in (0, 1], 1 the noisiest. steps: the calls that a picture may take, at even times from t_in down.
+    t_in in (0, 1], 1 the noisiest. then: the times of the calls that may follow, falling.
     """
 
-    def __init__(self, net: nn.Module | Lora, make: Make, t_in: float = 1.0, steps: int = 1):
+    def __init__(self, net: nn.Module | Lora, make: Make, t_in: float = 1.0, then: Sequence[float] = ()):
         self.trained = net if isinstance(net, Lora) else net.requires_grad_(True)
         self.module = net.module if isinstance(net, Lora) else net
-        self.make, self.times = make, [t_in * t for t in trailing(steps)]
+        self.make, self.times = make, [t_in, *then]
         self.denoiser: Denoiser = make(self.module)
         self._call = one_step(self.denoiser, t_in)
 
@@ -71,12 +71,12 @@ class StudentOptions:
     """Layers to adapt, by name or ending, such as to_q. Default: the family's; of a U-Net every Linear and Conv2d, a
     little more than DMD2's list for SDXL."""
 
-    student_steps: int = 1
-    """Calls that a picture takes. More than 1: a method that draws from the student trains every call on what the calls
-    before it drew, and the student can be sampled in any number of steps up to this."""
+    student_then: tuple[float, ...] = ()
+    """Timesteps of further calls, as the net counts them, falling. Each call is trained on what those before it drew;
+    the student can be sampled in one step and in more."""
 
     def __post_init__(self) -> None:
-        within(self, student_rank=(1, inf), student_steps=(1, inf))
+        within(self, student_rank=(1, inf))
         positive(self, "student_alpha")
 
     @property

@@ -43,8 +43,8 @@ def build(kind, seed=1, **changes):
     steps": a student of two calls."""
     net, generator = Net(), torch.Generator().manual_seed(seed)
     form = StudentOptions(student="lora" if kind == "two loras" else "full", student_rank=4)
-    steps = 2 if kind == "two steps" else 1
-    student, null = Student(form.grow(net, None, None, generator), make, 1.0, steps), {"c": torch.zeros(1, 2)}
+    then = [0.4] if kind == "two steps" else []
+    student, null = Student(form.grow(net, None, None, generator), make, 1.0, then), {"c": torch.zeros(1, 2)}
     parts = Parts(net, make, student, null, generator=generator)
     if kind == "sds":
         return SDSOptions(**{"lr": 1e-3} | changes).build(parts)

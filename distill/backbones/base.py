@@ -20,7 +20,7 @@ from ..denoiser import Cond, Denoiser, from_net, guided, map_cond
 from ..file import checkpoint
 from ..file.metadata import Metadata
 from ..header import CheckpointError
-from ..sample import few_step, one_step, solve, trailing
+from ..sample import few_step, solve
 from ..schedule import from_spec, randn
 from . import folder
 from .saving import Saving
@@ -226,9 +226,8 @@ class Backbone(Saving):
         need(steps >= 1, "steps", steps, "1 or more")
         if self.meta.guidance.get("baked"):
             need(guidance is None, "guidance", guidance, f"{self.name} is a student, its guidance is in its weights")
-            if steps == 1:
-                return one_step(self.denoiser, self.time())(z, cond)
-            return few_step(self.denoiser, [self.time() * t for t in trailing(steps)])(z, cond, generator)
+            times = [self.time(i) for i in self.meta.timesteps(steps)]
+            return few_step(self.denoiser, times)(z, cond, generator)
         w = self.meta.guidance["scale"] if guidance is None else guidance
         return solve(guided(self.denoiser, w, self.null), z, cond, solver=solver, steps=steps)
 

@@ -88,7 +88,7 @@ class Own(Backbone):
         must be called. base is not needed: the file is whole."""
         if (adapters := adapters_of(net)) is not None:
             net = merged(self.net, adapters)
-        student = {"steps": 1, "teacher": self.name, "guidance": {**self.meta.guidance, "baked": True}}
+        student = {"steps": 1, "times": None, "teacher": self.name, "guidance": {**self.meta.guidance, "baked": True}}
         meta = replace(self.meta, **student | changes)
         return checkpoint.write(path, checkpoint.Checkpoint(dict(net.state_dict()), meta), dtype)
 

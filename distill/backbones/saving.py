@@ -18,7 +18,6 @@ from ..file.metadata import Metadata
 from ..file.workflow import student_graph
 from ..header import CheckpointError
 from ..layouts import Weights
-from ..sample import trailing
 from ..schedule import from_spec
 from .folder import HALF, OURS, PREDICTIONS, UNUSED, index
 
@@ -91,7 +90,7 @@ class Saving:
         OneStep file with a graph that opens it in ComfyUI; of a family without such files a diffusers folder; of a
         net with adapters a LoRA file, `base` being the name of the model that they add to, by default this one's.
         Returns where it is."""
-        student = {"steps": 1, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
+        student = {"steps": 1, "times": None, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
         changes["guidance"] = {**self.meta.guidance, "baked": True, **changes.get("guidance", {})}
         if (adapters := adapters_of(net)) is not None:
             meta = replace(self.meta, **student | changes)
@@ -139,12 +138,12 @@ def how_to_call(meta: Metadata) -> dict[str, Any]:
     if not baked:
         return {"num_inference_steps": meta.steps, "guidance_scale": scale}
     schedule = from_spec(meta.schedule)
-    times = torch.tensor(trailing(meta.steps), dtype=torch.float64) * float(schedule.time(meta.t_in))
+    indices = torch.tensor(meta.timesteps(meta.steps), dtype=torch.float64)
     if meta.schedule["kind"] == "flow":  # its scheduler shifts them
-        return {"sigmas": [round(t, 4) for t in times.tolist()], "guidance_scale": scale}
+        return {"sigmas": [round(t, 4) for t in schedule.time(indices).tolist()], "guidance_scale": scale}
     if meta.steps == 1:
         return {"num_inference_steps": 1, "guidance_scale": scale}
-    return {"timesteps": schedule.index(times).long().tolist(), "guidance_scale": scale}
+    return {"timesteps": indices.long().tolist(), "guidance_scale": scale}
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -20,8 +20,8 @@ class Info:
 
 
 FIELDS = (
-    "base", "part", "rank", "alpha", "family", "method", "teacher", "prediction", "t_in", "steps", "guidance",
-    "schedule", "latent", "metrics", "config", "quantization", "license",
+    "base", "part", "rank", "alpha", "family", "method", "teacher", "prediction", "t_in", "steps", "times",
+    "guidance", "schedule", "latent", "metrics", "config", "quantization", "license",
 )  # fmt: skip
 """Of a OneStep file, or a LoRA. What is left out is long: the architecture, the tokenizer, the workflow."""
 

@@ -107,14 +107,16 @@ def train(o: Run) -> Path:
         file = teacher.student_path(file)
     t_in = teacher.meta.t_in if o.t_in is None else o.t_in
     guidance = {"scale": getattr(o.options, "guidance", 1.0), "baked": True}
-    about = {"method": o.method, "t_in": t_in, "steps": o.form.student_steps, "guidance": guidance, "config": plain(o)}
+    about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
+    if o.form.student_then:
+        about |= {"steps": 1 + len(o.form.student_then), "times": [t_in, *o.form.student_then]}
     if teacher.in_comfyui:
         about["workflow"] = teacher.graph(file, prompts and prompts[0])
     step = None
     try:
         with bars() as told:
             batches, shown = source(o, teacher, prompts, told)
-            sheet = sheets(teacher, shown, o.t_in, o.form.student_steps, o.training.seed)
+            sheet = sheets(teacher, shown, [t_in, *o.form.student_then], o.training.seed)
             how = {"t_in": o.t_in, "weak": weak, "resume": o.resume, "identity": identity(o, t_in), "told": told}
             how |= {"student": o.form, "sheet": sheet, **start}
             for step in train_student(teacher, o.options, batches, o.training, o.out, **how):
@@ -135,13 +137,17 @@ def opened(o: Run, prompted: bool) -> tuple[Backbone, Denoiser | None, dict[str,
     CheckpointError where one does not fit, ValueError for a teacher that needs prompts and has none."""
     from ..backbones import load
     from ..backbones.base import weaker
+    from ..checks import need
     from ..tutorial.bundled import find
     from ..tutorial.prompts import speaks
     from .console import open_teacher, pick_device
     from .start import start_of
 
     teacher = open_teacher(o.teacher, o.aside or o.device, o.frozen)
-    teacher.time(o.t_in)
+    times = [teacher.time(i) for i in (o.t_in, *o.form.student_then)]
+    need(
+        sorted(set(times), reverse=True) == times, "student_then", o.form.student_then, "timesteps that fall from t_in"
+    )
     if not prompted and not speaks(teacher):
         raise ValueError(f"{teacher.name} is not of the tutorial world: give --prompts, a file with one prompt a line")
     if o.aside is not None:

@@ -20,7 +20,7 @@ from .checkpoint import store
 from .metadata import Metadata
 
 FIELDS = (
-    "family", "method", "teacher", "prediction", "schedule", "t_in", "steps", "guidance", "metrics", "config",
+    "family", "method", "teacher", "prediction", "schedule", "t_in", "steps", "times", "guidance", "metrics", "config",
     "license",
 )  # fmt: skip
 """What the student's own metadata says; the rest is the base's."""

@@ -42,6 +42,8 @@ class Metadata:
     """what trained it: teacher, vsd, sds, regression, ..."""
     steps: int = 1
     """recommended number of steps"""
+    times: list[float] | None = None
+    """of a student of several calls: the timestep of each, as the net counts them, falling from t_in"""
     guidance: dict[str, Any] = field(default_factory=lambda: {"scale": 1.0, "baked": True})
     """scale, and whether it is already in the weights (a student) or to be applied (a teacher)"""
     text_encoder: dict[str, Any] | None = None
@@ -56,6 +58,15 @@ class Metadata:
     """how the weights were quantized, and what it cost; None: not at all"""
     workflow: dict[str, Any] | None = None
     """a ComfyUI graph; dropping the file on the canvas opens it"""
+
+    def timesteps(self, steps: int) -> list[float]:
+        """Where so many calls are made, as the net counts time: where it was trained for them, else at even times from
+        t_in down."""
+        if self.times and steps <= len(self.times):
+            return self.times[:steps]
+        schedule = from_spec(self.schedule)
+        t = schedule.time(self.t_in) * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+        return schedule.index(t).tolist()
 
     def to_strings(self) -> dict[str, str]:
         """As a file's header holds it. Raises CheckpointError where a value cannot be right, or is no JSON."""
@@ -121,13 +132,17 @@ class Metadata:
             raise CheckpointError(f"{path}: {e}. {cure}") from None
 
     def _check_times(self) -> None:
-        """Raise Wrong where the schedule has no noise levels, or not at t_in."""
+        """Raise Wrong where the schedule has no noise levels, or not at t_in; or for times that do not fall from it."""
         schedule = from_spec(self.schedule)
         try:
             t = float(schedule.time(self.t_in))
         except ArithmeticError:
             t = math.nan
         need(0 < t <= 1 + 1e-9, "t_in", self.t_in, "a timestep of the schedule")
+        if self.times is not None:
+            levels = [float(schedule.time(i)) for i in self.times]
+            falls = all(a > b > 0 for a, b in zip(levels, levels[1:]))
+            need(self.times[:1] == [self.t_in] and falls, "times", self.times, "timesteps that fall from t_in")
         levels = torch.stack([f(torch.tensor([0.0, min(t, 1.0), 1.0])) for f in (schedule.alpha, schedule.sigma)])
         sound = levels.isfinite().all() and levels[1, 0] < levels[1, 2]
         need(bool(sound), "schedule", self.schedule, "one whose noise grows and stays finite")

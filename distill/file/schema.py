@@ -173,6 +173,7 @@ FIELDS: dict[str, Rule] = {
     "family": text(100),
     "method": text(100),
     "steps": whole(1, 1000),
+    "times": maybe(every(number(-1e6, 1e6), 1000)),
     "guidance": table({"scale": number(-1e3, 1e3), "baked": one_of(True, False)}, ("scale",), anything),
     "text_encoder": maybe(TOKENS),
     "teacher": text(),

@@ -49,7 +49,7 @@ class RegressionOptions:
     def build(self, parts: Parts) -> Regression:
         """The method, with the guided teacher that makes its pairs. Raises ValueError for a student of more steps."""
         calls = len(parts.student.times)
-        need(calls == 1, "student_steps", calls, "1: pairs teach one call; give what this makes to vsd as --init")
+        need(calls == 1, "calls", calls, "1: pairs teach one call; give what this makes to vsd as --init")
         teacher = guided(parts.make(parts.net.requires_grad_(False)), self.guidance, parts.null)
         return Regression(self, parts.student, teacher)
 

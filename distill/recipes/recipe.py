@@ -138,13 +138,7 @@ def frozen(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_file(meta: Metadata) -> Recipe:
-    """A OneStep file's own recipe: even steps from its t_in, with fresh noise for a student, without for a teacher."""
-    schedule = from_spec(meta.schedule)
-
-    def times(steps: int, _: dict[str, Any]) -> list[float]:
-        t = schedule.time(meta.t_in) * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-        return schedule.index(t).tolist()
-
+    """A OneStep file's own recipe: its timesteps, with fresh noise between them for a student, none for a teacher."""
     teacher = meta.method == "teacher"
     scale = meta.guidance["scale"]
     return Recipe(
@@ -153,7 +147,7 @@ def of_file(meta: Metadata) -> Recipe:
         base=Base("OneStep file", 0, meta.latent["channels"], meta.schedule, meta.latent["factor"]),
         steps=meta.steps,
         allowed="1-1000",
-        times=times,
+        times=lambda steps, _: meta.timesteps(steps),
         step="euler" if teacher else "renoise",
         prediction="x0" if meta.prediction == "x0" else "the base model's",
         guidance=scale if teacher else 1.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Generator, nn
 
 from ..backbones.base import Backbone, to_pil
 from ..denoiser import Cond, map_cond
-from ..sample import few_step, trailing
+from ..sample import few_step
 from ..schedule import randn
 from .cache import leaves
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def sheets(
-    teacher: Backbone, cond: Cond, t_in: float | None = None, steps: int = 1, seed: int = 0
+    teacher: Backbone, cond: Cond, timesteps: Sequence[float] | None = None, seed: int = 0
 ) -> Callable[[nn.Module], Image]:
     """sheet(net) -> the pictures of a student, side by side in rows of at most eight.
 
-    cond: of the prompts to show; t_in: where the student is called first, as the net counts them; steps: its calls. The
-    noise comes from the seed alone. A student elsewhere, as an average kept on the CPU, visits the teacher's device.
+    cond: of the prompts to show; timesteps: of the student's calls, by default one at the teacher's noisiest. The noise
+    comes from the seed alone. A student elsewhere, as an average kept on the CPU, visits the teacher's device.
     """
     count = len(leaves(cond)[0])
     z = randn(teacher.shape(count), Generator().manual_seed(seed), "cpu")
-    times = [teacher.time(t_in) * t for t in trailing(steps)]
+    times = [teacher.time(i) for i in timesteps or [None]]
 
     @torch.no_grad()
     def sheet(net: nn.Module) -> Image:

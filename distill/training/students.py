@@ -73,7 +73,7 @@ def assemble(
     """The method with its nets, as `train_student` trains it; see there."""
     form, targets = student or StudentOptions(), teacher.lora_targets()
     grown = form.grow(teacher.net, net, targets, seeded("cpu", training.seed, 3))
-    one = Student(grown, teacher.wrap, teacher.time(t_in), form.student_steps)
+    one = Student(grown, teacher.wrap, teacher.time(t_in), [teacher.time(i) for i in form.student_then])
     if adapters is not None:
         one.load_state_dict(adapters)
     drawn_from = seeded("cpu", training.seed, 2)

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -213,7 +213,7 @@ def make_two_steps(o: Build, minutes: float) -> None:
     teacher, weak = load(o.assets / "teacher.safetensors"), load(o.assets / "weak.safetensors")
     options = VSDOptions(**demo.LAW, coach="copy", lr=1e-4, coach_warmup=200)
     training = TrainOptions(steps=None, minutes=minutes, seed=o.seed, save_every=200, sheet_every=None)
-    how = {"student": StudentOptions(student_steps=2), "weak": weaker(teacher, weak)}
+    how = {"student": StudentOptions(student_then=demo.THEN), "weak": weaker(teacher, weak)}
     how |= {"net": load(o.assets / "student.safetensors").net, "resume": (o.work / "two_steps").exists()}
     batches = shape_batches(teacher, demo.BATCH)
     with half_convolutions():
@@ -222,11 +222,12 @@ def make_two_steps(o: Build, minutes: float) -> None:
                 print(
                     step.step, f"{step.progress:.3f}", {k: round(float(v), 4) for k, v in step.logs.items()}, flush=True
                 )
-    save_student(o, teacher, step.ema, {"minutes": minutes, "student_steps": 2})
+    times = [CARD["t_in"], *demo.THEN]
+    save_student(o, teacher, step.ema, {"minutes": minutes, "student_then": demo.THEN}, times=times)
 
 
-def save_student(o: Build, teacher: Backbone, net: nn.Module, config: dict) -> None:
-    about = {"method": "vsd", "config": demo.LAW | config | {"seed": o.seed}}
+def save_student(o: Build, teacher: Backbone, net: nn.Module, config: dict, **about: Any) -> None:
+    about |= {"method": "vsd", "config": demo.LAW | config | {"seed": o.seed}}
     about["workflow"] = student_graph("bundled: student")  # the name it has in ComfyUI's list
     teacher.save_student(o.assets / "student.safetensors", net, **about)
 

@@ -20,6 +20,8 @@ from distill.cli.console import pick_device
 from distill.file import checkpoint
 from distill.file.metadata import read_metadata
 from distill.header import CheckpointError
+from distill.sample import few_step, one_step
+from distill.schedule import randn
 from distill.tutorial.bundled import bundled
 
 TRAIN = ["--steps", "2", "--batch-size", "2", "--device", "cpu", "--save-every", "1"]
@@ -220,12 +222,17 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_a_student_of_two_steps_says_so_and_is_sampled_in_two(place, door):
-    assert door(*QUICK, "--out", "two", "--student-steps", 2, "--sheet-every", 2)[0] == 0
+    assert door(*QUICK, "--out", "two", "--student-then", 200, "--sheet-every", 2)[0] == 0
     two = student("two")
-    assert two.meta.steps == 2 and list(Path("two").glob("**/*.png"))
-    own, said, once = (
-        two.sample(["a red ring"], torch.Generator().manual_seed(0), **how) for how in ({}, {"steps": 2}, {"steps": 1})
-    )
-    assert torch.equal(own, said) and not torch.equal(own, once)
-    code, _, err = door("train", "regression", *TRAIN, "--pairs", 4, "--out", "pairs", "--student-steps", 2)
-    assert code == 2 and "student_steps is 2" in err
+    assert (two.meta.steps, two.meta.times) == (2, [999, 200]) and list(Path("two").glob("**/*.png"))
+    own, once = (two.sample(["a red ring"], torch.Generator().manual_seed(0), **how) for how in ({}, {"steps": 1}))
+    g = torch.Generator().manual_seed(0)
+    z, cond = randn(two.shape(1), g), two.encode(["a red ring"])
+    by_hand = few_step(two.denoiser, [1.0, two.time(200)])(z, cond, g)
+    torch.testing.assert_close(own, two.decode(by_hand))
+    torch.testing.assert_close(once, two.decode(one_step(two.denoiser)(z, cond)))
+    assert not torch.equal(own, once)
+    for wrong, said in (("regression", "calls is 2"), ("vsd", "student_then")):
+        then = 200 if wrong == "regression" else 999
+        code, _, err = door("train", wrong, *TRAIN, "--out", wrong, "--student-then", then)
+        assert code == 2 and said in err

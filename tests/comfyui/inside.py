@@ -13,6 +13,7 @@ from inside_setup import ARGUMENTS  # first: the imports below need comfy
 
 # isort: split
 import comfy.model_management as mm
+import inside_controlnet
 import inside_lora
 import inside_memory
 import inside_models
@@ -20,17 +21,13 @@ import inside_negative
 import inside_train
 
 OUT = Path(ARGUMENTS[0])
-MODULES = (inside_lora, inside_memory, inside_models, inside_negative, inside_train)
+MODULES = (inside_controlnet, inside_lora, inside_memory, inside_models, inside_negative, inside_train)
 ONLY = ARGUMENTS[2] if len(ARGUMENTS) > 2 else ""
 
 
 def main() -> None:
     results = {}
-    for name, function in [
-        item
-        for m in (inside_lora, inside_memory, inside_models, inside_negative, inside_train)
-        for item in vars(m).items()
-    ]:
+    for name, function in [item for m in MODULES for item in vars(m).items()]:
         if name.startswith("check_") and ONLY in name:
             start = time.time()
             try:

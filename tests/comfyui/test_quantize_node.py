@@ -69,9 +69,7 @@ def test_cancel_leaves_no_file(client, server, folder):
     prompt, _ = client.queue(quantize("student.safetensors", name="never", prompts="\n".join(["a ring"] * 500)))
     while json.loads(client.socket.recv()).get("type") != "progress":
         pass
-    import urllib.request
-
-    urllib.request.urlopen(urllib.request.Request(server.url + "/interrupt", b"", method="POST")).close()
+    server.post("/interrupt")
     message = {}
     while message.get("type") != "execution_interrupted":
         message = json.loads(client.socket.recv())

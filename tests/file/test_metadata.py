@@ -57,6 +57,7 @@ CASES = {  # where -> value; comfyui.md's worst
     "latent.rgb_factors": [[[1, 2, 3]], "x", [[1]]],
     "steps": [10**9, 0, 1.5, "1"],
     "t_in": [-1, 0, 1000, 10**300, "999"],
+    "times": [[], [200], [999, 999], [999, 0], [200, 999], 999, ["999"]],
     "guidance": [{}, []],
     "guidance.scale": ["x", None],
     "prediction": [["x0"]],
@@ -66,7 +67,7 @@ CASES = {  # where -> value; comfyui.md's worst
 @pytest.mark.parametrize(("where", "value"), [(where, value) for where, values in CASES.items() for value in values])
 def test_a_wrong_value_is_named(strings, where, value):
     field, *keys = where.split(".")
-    tree = {field: json.loads(strings[field]) if field != "prediction" else strings[field]}
+    tree = {field: json.loads(strings.get(field, "null")) if field != "prediction" else strings[field]}
     node = tree
     for key in (field, *keys)[:-1]:
         node = node[key]

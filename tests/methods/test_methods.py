@@ -187,7 +187,7 @@ def test_a_student_is_one_call_at_its_time():
 
 def test_a_student_of_two_steps_learns_each_call_on_what_it_drew_before():
     net, drawn, cond = Net(), [], {"c": torch.ones(3, 2)}
-    student = Student(net, make, 0.8, steps=2)
+    student = Student(net, make, 0.8, then=[0.4])
     assert student.times == [0.8, 0.4]
     z = randn((3, 2), torch.Generator().manual_seed(0))
     for seed in range(8):
@@ -208,6 +208,6 @@ def test_a_student_of_two_steps_learns_each_call_on_what_it_drew_before():
 
 
 def test_pairs_teach_one_call():
-    student = Student(Net(), make, steps=2)
-    with pytest.raises(ValueError, match="student_steps is 2.*--init"):
+    student = Student(Net(), make, then=[0.5])
+    with pytest.raises(ValueError, match="calls is 2.*--init"):
         RegressionOptions().build(Parts(Net(), make, student))

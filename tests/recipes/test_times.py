@@ -119,6 +119,8 @@ def test_a_file_of_ours_says_its_own(tmp_path):
         t = torch.tensor(schedule.time(meta.t_in), dtype=torch.float64)
         level = schedule.sigma(t) if schedule.name == "flow" else schedule.sigma(t) / schedule.alpha(t)
         assert r.sigma(meta.t_in) == pytest.approx(float(level))
+    few = read_metadata(tiny.write(tmp_path / "f.safetensors", steps=2, times=[999, 200]))
+    assert [of_file(few).timesteps(n) for n in (1, 2, 4)] == [[999], [999, 200], [999, 749, 500, 250]]
     teacher = tiny.write(tmp_path / "t.safetensors", method="teacher", steps=5, guidance={"scale": 2.0})
     r = of_file(read_metadata(teacher))
     assert (r.step, r.guidance, r.timesteps(5)) == ("euler", 2.0, [999, 799, 599, 400, 200])
