@@ -192,8 +192,8 @@ assert sum(parts.values()) > parts["network"]
 #
 # <details><summary>Solution</summary>
 #
-# It runs: it predicts, adds fresh noise, predicts again. It was trained at one time only, so the second call is one it
-# never practised; judge for yourself.
+# It runs: it predicts, adds fresh noise at half the time, predicts again. Whether a student practised that second call
+# says `student.meta.config`: then `student_steps` is in it. One that did not may gain nothing; judge for yourself.
 # </details>
 
 # %% [markdown]

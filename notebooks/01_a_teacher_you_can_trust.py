@@ -121,8 +121,9 @@ widgets.show(figure, "arrows from noisy points to the teacher's answers")
 # ## One thing, four ways to say it
 #
 # Nets are trained to predict different things: the clean $x_0$, the noise $\epsilon$, the velocity
-# $v = \alpha\epsilon - \sigma x_0$, the flow $u = \epsilon - x_0$. They all are straight-line functions of each other once $x_t$ is known, so a net that knows one
-# knows all:
+# $v = \alpha\epsilon - \sigma x_0$, the flow $u = \epsilon - x_0$. Once $x_t$ is known, each is a straight-line function of
+# the other, so a net that knows one knows all. Two known numbers for each time, *skip* and *out*, lead from what the
+# net says to the clean point:
 #
 # $$ x_0 = \text{skip}(t)\,x_t + \text{out}(t)\cdot\text{net}(x_t) $$
 
@@ -191,7 +192,9 @@ class Flow(Method):
 # %% [markdown]
 # The training loop is the library's: a generator of steps, the same for every method. The view below draws what it
 # yields. A good check while it trains is the loss on *fixed* points, times and noises, the validation loss: unlike the
-# training loss it does not jump about, and for a diffusion model it tells quality. We will see.
+# training loss it does not jump about. Does it tell quality? We look seven times and compare it with the distance of
+# the drawn points to the truth. If both sort the looks alike, their *rank correlation* is 1; if one says nothing about
+# the other, 0.
 
 # %%
 FIXED = [teacher.sample(4000, seed(6)), 0.001 + 0.998 * torch.rand(4000, generator=seed(7))]
@@ -206,7 +209,7 @@ def validation(denoiser):
 
 @torch.no_grad()
 def gap(a, b):
-    """Energy distance of two sets of points: 0 for the same law."""
+    """Energy distance of two sets of points, 0 for two like sets; chapter 2 explains it."""
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
@@ -230,7 +233,7 @@ kinds = {name: name for name in ("logit-normal", "uniform", "shifted to noise")}
 run = widgets.dashboard(start, draw, ["loss"], "Rectified flow", t_from=kinds)
 
 # %%
-learned = from_net(run.result().ema, flow, "flow")
+learned = from_net((await run.finished()).ema, flow, "flow")
 losses, gaps = zip(*SEEN["logit-normal"][-7:])
 print(f"validation loss: exact teacher {validation(teacher):.3f}, ours {losses[-1]:.3f}")
 figure, ax = widgets.axes(width=4.5)

@@ -49,7 +49,7 @@ run = widgets.dashboard(start, draw, ["x_std", "student_loss"], "A student witho
 # Before we ask why, let us be sure of it in numbers.
 
 # %%
-last = run.result()
+last = await run.finished()
 with torch.no_grad():
     x = last.ema(z)
 truth = teacher.sample(4000, torch.Generator().manual_seed(5))

@@ -31,7 +31,7 @@ def start(coach_steps):
     student, coach = toy.Student(generator=seeds), toy.Coach(teacher, generator=seeds)
     method = VSD(VSDOptions(guidance=1.0, lr=5e-3, coach_lr=1e-2, coach_steps=coach_steps), student, coach)
     points = {"cond": None, "shape": (256, 2)}
-    return train(method, lambda step, generator: dict(points), TrainOptions(steps=widgets.size(800, 250)))
+    return train(method, lambda step, generator: dict(points), TrainOptions(steps=800))
 
 
 def draw(ax, step):
@@ -47,10 +47,13 @@ run = widgets.dashboard(start, draw, ["rel_gap", "x_std"], "A student with a coa
 # Every dot is one call of a small net: noise in, a point out. The crosses are the teacher's eight blobs. The student
 # goes to all of them, though nobody ever shows it a single point of the teacher's.
 #
+# Beside it, two readouts. `x_std` is the spread of the student's points, the root mean square of a coordinate.
+# `rel_gap` says how far student and teacher are from agreeing; we come to it below.
+#
 # While it runs you may press *Stop*, *Start* and *Reset*, or move the slider. The next cell waits for the end.
 
 # %%
-last = run.result()
+last = await run.finished()
 with torch.no_grad():
     x = last.ema(z)
 
@@ -65,15 +68,16 @@ truth = teacher.sample(4000, torch.Generator().manual_seed(5))
 for name, points in {"teacher": truth, "student": x}.items():
     print(f"{name}: {shares(points).sum():.2f} in some blob;", [f"{s:.2f}" for s in shares(points)])
 assert shares(x).min() > 0.03, "the student lost a blob"
-assert shares(x).sum() > 0.5
+assert 0.55 < shares(x).sum() < 0.75 < shares(truth).sum(), "there are bridges"
 assert 0.8 < x.var(0).sum().sqrt() / truth.var(0).sum().sqrt() < 1.2, "its spread should be the teacher's"
 
 # %% [markdown]
 # All eight blobs have their share, and the spread is the teacher's. In chapter 4 the same student without a coach ended
 # in a single heap, in none of them.
 #
-# It is not perfect: some points lie on bridges *between* two blobs. The student is a smooth function of its noise, and
-# noise is one connected cloud, so somewhere it has to cross from blob to blob. A larger net crosses faster.
+# It is not perfect: fewer of its points lie in blobs than of the teacher's, and the others on bridges *between* two. The
+# student is a smooth function of its noise, and noise is one connected cloud, so somewhere it has to cross from blob to
+# blob. That is no fault of the coach: exercise 3 puts it to the test.
 
 # %% [markdown]
 # ## Two opinions about one noisy point
@@ -227,7 +231,7 @@ blurred = pictures(picture_teacher.net)
 picture_run = widgets.dashboard(start_pictures, None, ["coach_ratio", "rel_gap"], "The same method on pictures")
 
 # %%
-trained = pictures(picture_run.result().ema)
+trained = pictures((await picture_run.finished()).ema)
 many = picture_teacher.decode(picture_teacher.latents(noise, picture_teacher.encode(prompts), steps=10))
 rows = {"teacher, 1 step": blurred, "student, 1 step": trained, "teacher, 10 steps": many}
 widgets.show(widgets.sheet(rows), "three rows of pictures: blurred, sharper, sharp")
@@ -250,20 +254,29 @@ assert picture_run.history["rel_gap"][0] < picture_run.history["rel_gap"][-1]  #
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Train the toy student with `coach_steps=0` (the coach never learns). What will `x_std` do, and why?
+# **1.** What will `x_std` do with a coach that never learns (`coach_lr=1e-12`), and why?
 #
 # <details><summary>Solution</summary>
 #
-# Nothing at all. The coach stays the teacher, the difference stays zero, and the student stays the noise it started
-# as: `x_std` remains at about 1. The library refuses 0 for that reason; try it with `coach_lr=1e-12`.
+# Nothing at all. The coach stays the teacher, the difference stays zero, and the student stays the noise it started as,
+# with an `x_std` of about 1.
 # </details>
 #
-# **2.** A perfect coach exists in this chapter (`now`). Would a student trained with it need `coach_steps`?
+# **2.** Would a student trained with the perfect coach of this chapter, `now`, need `coach_steps`?
 #
 # <details><summary>Solution</summary>
 #
-# No: it is exact at once. But it costs 2000 distances a point and needs the student's points to be known as a list,
-# which works in two dimensions and in no picture.
+# No: it is exact at once. But it costs 2000 distances a point and wants the student's points as a list, which no
+# picture allows.
+# </details>
+#
+# **3.** Whose fault are the bridges? Try five coach steps, then `hidden=128` in the student, then 2000 steps, and look at
+# `shares(x).sum()`.
+#
+# <details><summary>Solution</summary>
+#
+# None changes much. To tear a connected cloud into eight, a smooth function must be steep in places, and that grows
+# slowly. The teacher is spared this: it takes many gentle steps.
 # </details>
 
 # %% [markdown]

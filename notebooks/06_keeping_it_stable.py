@@ -57,7 +57,7 @@ gallery = widgets.dashboard(start, draw, readouts, "The failure gallery: press a
 # - `coach_ratio`: the coach's error on the student's points over the teacher's. Below 1: the coach has learned something.
 
 # %%
-gallery.result()
+await gallery.finished()
 
 
 def run_of(name):
@@ -194,7 +194,8 @@ assert max(paths["coach quick"]) < 2.15 and max(paths["coach slow"]) > 2.3
 # %% [markdown]
 # ## Guidance
 #
-# From here on $c$ is a *prompt*, which tells the teacher what to draw, and no longer the coach's mean. *Guidance* with weight $w$ exaggerates it:
+# From here on $c$ is a *prompt*, which tells the teacher what to draw, and no longer the coach's mean. *Guidance*
+# exaggerates it by a plain number $w$ (not the $w(t)$ of chapter 5, which counts noise levels):
 #
 # $$ D_w = D(\text{no prompt}) + w\,\bigl(D(c) - D(\text{no prompt})\bigr) $$
 #

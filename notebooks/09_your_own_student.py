@@ -48,13 +48,11 @@ run = widgets.dashboard(start, None, readouts, "Four lines make a student", coac
 
 # %%
 import tempfile
-import warnings
 from pathlib import Path
 
 import diffusers
 import transformers
 
-warnings.simplefilter("ignore", FutureWarning)  # diffusers is renaming an argument
 transformers.logging.set_verbosity_error()  # no word on packages that are not needed here
 room = Path(tempfile.mkdtemp())
 torch.manual_seed(0)  # transformers and diffusers draw first weights from the global generator
@@ -131,7 +129,7 @@ own = widgets.dashboard(
 )
 
 # %%
-last = own.result()
+last = await own.finished()
 print("in the run's folder:", sorted(p.name for p in (room / "run-0").iterdir()))
 assert (room / "run-0/log.csv").is_file()
 ratio = own.history["coach_ratio"]
@@ -187,9 +185,10 @@ question.check("under a fifth" if share < 0.2 else "a third" if share < 0.4 else
 assert abs(full / 1e6 - 860) < 1
 
 # %% [markdown]
-# In 32 bits, without the pictures' own memory. Cures when it does not fit, in this order: a LoRA coach; a LoRA student; a small batch with
-# `accumulate`; `precision="bf16"`; gradient checkpointing (chapter 11); no average (`ema=None`). In the tutorial world
-# adapters on attention alone could *not* follow the student: its coach's loss rose. Start with all layers.
+# In 32 bits, without the pictures' own memory. Cures when it does not fit, in this order: a LoRA coach; a LoRA student; a
+# small batch, with `accumulate` of them before each update; `precision="bf16"`, nets in 16 bits; gradient checkpointing
+# (chapter 11); no moving average (`ema=None`). Start with adapters on all layers: a coach that can change attention
+# alone may not be able to follow its student, and `coach_loss` climbs.
 #
 # ## Take it away
 #

@@ -120,8 +120,8 @@ print(f"{len(X)} inputs kept; the largest channel is {size.max() / size.median()
 print(f"round to nearest: output error {output_error(by_hand):.4f}")
 
 # %% [markdown]
-# Some input channels are larger than others. An error in a weight that meets a large input costs more. Three ideas use
-# that.
+# Some input *channels*, the coordinates of $x$, are larger than others. An error in a weight that meets a large input
+# costs more. Three ideas use that.
 #
 # **AWQ**: multiply the columns of $W$ by $s$ and divide the inputs by $s$; nothing changes, except that columns with a
 # large $s$ are rounded more finely. Take $s = \text{size}^a$ and try values of $a$:
@@ -233,8 +233,7 @@ question.check("58 %" if shown["eps"] > 0.3 else "4 %")
 assert max(shown["x0"], shown["v"], shown["flow"]) < 0.07 and shown["eps"] > 0.4
 
 # %% [markdown]
-# The teacher with the same kind of net survives four bits: its later steps see what the first one spoiled and repair it.
-# A student has no later steps. So a student meant for four bits predicts $x_0$, $v$ or flow; or it is called where
+# A teacher's later steps see what the first one spoiled and can repair it. A student called once has no later steps. So a student meant for four bits predicts $x_0$, $v$ or flow; or it is called where
 # `out` is small; or it gets eight bits. `distill info student` says what yours predicts:
 
 # %%

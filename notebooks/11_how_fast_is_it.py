@@ -241,7 +241,7 @@ assert rest(1) > 5 * rest(50) and gain < 50
 # ## Training: memory for time
 #
 # To compute gradients, every layer's output is kept until the way back. *Gradient checkpointing* keeps few and computes
-# the others again: less memory, about a third more time. Count the bytes that are kept:
+# the others again: less memory for more time. Count the bytes that are kept:
 
 
 # %%

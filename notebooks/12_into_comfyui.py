@@ -58,7 +58,7 @@ assert apart < 1e-3
 # %% [markdown]
 # ## Four ways to call it wrong
 #
-# - **The time.** A student was trained at one time, `t_in`, and knows no other.
+# - **The time.** A student was trained to begin at one time, `t_in`.
 # - **The noise.** It expects noise of a certain strength.
 # - **The prediction.** What the net says must be read as what it was trained to say.
 # - **Guidance.** It is in the student's weights; guiding again blends pictures.

@@ -78,7 +78,7 @@ def open_pipeline(path: Path, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     held = index(path)
-    how = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    how = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     how |= dict.fromkeys(name for name, kind in held.items() if name in UNUSED or kind == [None, None])
     if "safety_checker" in held:
         how["requires_safety_checker"] = False

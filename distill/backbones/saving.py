@@ -125,6 +125,7 @@ def scheduler_of(meta: Metadata) -> Any:
     abar = schedule.alpha(schedule.time(torch.arange(last + 1, dtype=torch.float64))) ** 2
     betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
     how = {"trained_betas": betas.tolist(), "prediction_type": named[meta.prediction]}
+    how["steps_offset"] = 1  # nothing to these schedulers, but Stable Diffusion's pipelines warn of any other
     if not baked:
         return DPMSolverMultistepScheduler(last + 1, **how, timestep_spacing="trailing")
     # LCMScheduler counts from the last step it knows: one that ends at t_in starts there

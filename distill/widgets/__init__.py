@@ -6,7 +6,7 @@
     widgets.show(figure, "what it shows")
     widgets.explore(draw, steps=[1, 2, 4, 50])       # sliders; draw(steps=...) gives a figure or a picture
     run = widgets.dashboard(start, draw)             # Start, Stop and Reset over a generator of training steps
-    last = run.result()                              # waits for it
+    last = await run.finished()                      # waits for it; buttons work meanwhile
 
 Where nobody can press a button (CI, a page on the web, a script) the same calls give still pictures and dashboards run
 to their end; ONESTEP_STATIC=1 asks for that in a notebook. ONESTEP_FAST=1 makes `size` choose its small numbers.

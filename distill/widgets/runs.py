@@ -6,6 +6,7 @@ thread draws, into one picture; there is no output to race for. Stopped, the gen
 
 from __future__ import annotations
 
+import asyncio
 import html
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 
 from .mode import live
-from .sliders import Control, controls, first
+from .sliders import Control, canvas, controls, first
 from .style import axes, curves, png
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Dashboard:
         self.thread: threading.Thread | None = None
         self._shown = self._line = None  # ipywidgets, where there is a front end
         self._buttons: dict[str, Any] = {}
-        self._stop = threading.Event()
+        self._stop, self._changing = threading.Event(), threading.RLock()
         self._clear()
 
     def _clear(self) -> None:
@@ -80,19 +81,34 @@ class Dashboard:
 
     def reset(self) -> None:
         """Stop, forget the run, and begin a new one with what the controls say now."""
-        self.stop()
-        close = getattr(self._steps, "close", None)
-        if close is not None:
-            close()
-        self._clear()
-        self.go()
+        with self._changing:  # who waits for the end does not see this one's
+            self.stop()
+            close = getattr(self._steps, "close", None)
+            if close is not None:
+                close()
+            self._clear()
+            self.go()
+
+    async def finished(self) -> Step:
+        """`result`, for a cell: a kernel hears buttons and sliders while a cell awaits, not while it blocks."""
+        try:
+            while self._going_on():
+                await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            self.stop()
+        return self.result()
+
+    def _going_on(self) -> bool:
+        """Whether steps are being made, or soon will be."""
+        with self._changing:
+            return self.running
 
     def result(self) -> Step:
         """Wait for the end of the run; its last step. Raises what a step raised, and RuntimeError where it was stopped
         by its button or by interrupting the cell."""
         try:
-            while self.running:
-                self.thread.join(0.1)
+            while self._going_on():
+                time.sleep(0.05)
         except KeyboardInterrupt:
             self.stop()
         if self.error is not None:
@@ -119,12 +135,12 @@ class Dashboard:
             self.last = step
             for name, value in step.logs.items():
                 self.history.setdefault(name, []).append(value)
-            if self._stop.is_set():
-                return
-            if time.monotonic() - drawn > EVERY:
+            if time.monotonic() - drawn > EVERY and not self._stop.is_set():
                 self._show()
                 self._tell()
                 drawn = time.monotonic()
+            if self._stop.is_set():
+                return
         self.ended = True
 
     # ----------------------------------------------------------------------------------------------- the view
@@ -174,7 +190,7 @@ class Dashboard:
         import ipywidgets
 
         self.sliders = controls(self.wanted)
-        self._shown, self._line = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self._shown, self._line = canvas(), ipywidgets.HTML()
         self._buttons = {n: ipywidgets.Button(description=n) for n in ("Start", "Stop", "Reset")}
         for name, act in {"Start": self.go, "Stop": self.stop, "Reset": self.reset}.items():
             self._buttons[name].on_click(lambda _, act=act: (act(), self._tell()))
@@ -196,7 +212,7 @@ def dashboard(
     """Run start(**controls) step by step and show it live.
 
         run = dashboard(lambda lr: train(method(lr), points, TrainOptions(steps=800)), draw, ["x_std"], lr=[1e-3, 1e-2])
-        last = run.result()
+        last = await run.finished()
 
     readouts: names in `step.logs` to plot. wanted: controls as for `explore`; moving one begins the run anew with it.
     Without a front end the call runs the first value of every control to the end and shows a still picture.

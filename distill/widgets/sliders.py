@@ -39,6 +39,13 @@ def controls(wanted: Mapping[str, Control]) -> dict[str, Any]:
     return found
 
 
+def canvas() -> Any:
+    """An ipywidget for a PNG, as large as that is, but no wider than the page."""
+    import ipywidgets
+
+    return ipywidgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})
+
+
 def first(wanted: Mapping[str, Control]) -> dict[str, Any]:
     """The first value of each control."""
     return {n: next(iter(v.values() if isinstance(v, Mapping) else v)) for n, v in wanted.items()}
@@ -73,7 +80,7 @@ class Explorer:
         import ipywidgets
 
         self.sliders = controls(self.wanted)
-        image, told = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        image, told = canvas(), ipywidgets.HTML()
 
         def update(_: object = None) -> None:
             told.value = ""

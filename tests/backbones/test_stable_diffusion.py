@@ -1,5 +1,8 @@
 """One way to open a model: OneStep files and diffusers' folders through the same backbone."""
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -53,6 +56,13 @@ def test_a_teacher_is_what_its_pipeline_is(tmp_path, prediction, curve):
     ours = solve(guided(model.denoiser, 3.0, model.encode([""])), z, model.encode(PROMPTS), solver="ddim", times=times)
     scale = theirs.abs().max()
     torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-4)
+
+
+def test_no_argument_of_ours_is_deprecated(folder, monkeypatch):
+    monkeypatch.setattr("distill.backbones.folder.quiet", nullcontext)  # which hides diffusers' advice on the folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert load(folder, dtype=torch.bfloat16).net.dtype is torch.bfloat16
 
 
 def test_what_a_folder_says_is_read_from_its_configuration(folder):

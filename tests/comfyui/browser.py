@@ -1,13 +1,14 @@
 """ComfyUI's page in a real Chromium."""
 
 import base64
-import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NO_CHROMIUM = "no chromium: apt install chromium"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+sys.path.append(str(Path(__file__).parents[1]))  # for scripts
+from chromium import launched  # noqa: E402
+
 READY = "() => window.app?.extensionManager && window.app.graph && !window.app.extensionManager.spinner"
 DROP = """([name, data]) => {
     const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
@@ -29,20 +30,10 @@ SET = "([name, value]) => window.app.extensionManager.setting.set(name, value)"
 QUEUE = "[data-testid='queue-button']"
 
 
-def chromium() -> str | None:
-    """Where it is."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @contextmanager
 def opened(url: str, width: int = 1920, height: int = 1080, **options) -> Iterator:
     """Playwright's page of a running ComfyUI, its exceptions in `problems`. Raises RuntimeError without a Chromium."""
-    from playwright.sync_api import sync_playwright
-
-    if chromium() is None:
-        raise RuntimeError(NO_CHROMIUM)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+    with launched() as browser:
         page = browser.new_page(viewport={"width": width, "height": height}, **options)
         page.set_default_timeout(120_000)
         page.problems = []
@@ -51,7 +42,6 @@ def opened(url: str, width: int = 1920, height: int = 1080, **options) -> Iterat
         page.wait_for_function(READY)
         page.locator(".p-blockui-mask").first.wait_for(state="hidden")
         yield page
-        browser.close()
 
 
 def vue(page, on: bool) -> None:

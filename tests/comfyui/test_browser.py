@@ -7,7 +7,8 @@ import mutants
 import pytest
 import tiny
 import torch
-from browser import FIT, NO_CHROMIUM, QUEUE, chromium, drop, drop_and_run, opened, vue
+from browser import FIT, QUEUE, drop, drop_and_run, opened, vue
+from chromium import NO_CHROMIUM, chromium
 from graphs import scheduled
 from refresh import LOCAL, WORKFLOWS
 from server import PACK, node

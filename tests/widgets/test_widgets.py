@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import threading
 import time
 
 import pytest
@@ -224,6 +226,34 @@ def test_stop_takes_no_more_than_a_step(page):
     at = run.last.step
     run.stop()
     assert not run.running and run.last.step <= at + 1
+
+
+def test_buttons_are_heard_while_a_cell_waits(page):
+    run = widgets.dashboard(lambda: start(steps=400, pause=0.01), None, ["student_loss"])
+
+    async def cell():
+        asyncio.get_running_loop().call_later(0.2, run._buttons["Stop"].click)
+        await run.finished()
+
+    with pytest.raises(RuntimeError, match="press Start"):
+        asyncio.run(cell())
+    assert run.last.step < 400
+
+
+def test_who_waits_gets_the_run_that_reset_began(page):
+    begun = []
+
+    def steps():
+        begun.append(1)
+        try:
+            yield from start(steps=60, pause=0.01)
+        finally:
+            time.sleep(0.2)  # closing a run takes its time
+
+    run = widgets.dashboard(steps, None, ["student_loss"])
+    wait(lambda: run.last is not None)
+    threading.Thread(target=run.reset).start()
+    assert run.result().step == 60 and len(begun) == 2
 
 
 def test_the_page_sees_the_end(page):
