@@ -38,7 +38,8 @@ def main(out, case, kind="copy"):
             os.kill(os.getpid(), signal.SIGKILL)
     held = [p for net in last.nets.values() for p in net.parameters()]
     pieces = sum(full(p) is not p and p.to_local().numel() < p.numel() for p in held)
-    print("weights", pieces, sum(p.double().sum().item() for p in whole(last.ema).parameters()), last.logs, flush=True)
+    total = sum(p.double().sum().item() for p in whole(last.ema).parameters())
+    print(f"weights {pieces} {total} {last.logs}\n", end="", flush=True)  # at once: two processes write here
 
 
 if __name__ == "__main__":
