@@ -22,7 +22,7 @@ DRAWN = """() => [...document.querySelectorAll('[data-node-id]')].map(node => {
 })"""
 TOLD = """window.app.graph.nodes.find(n => n.type === "OneStepRecipe")
     ?.widgets.find(w => w.name === "$$node-text-preview")?.value"""
-QUICK = sorted(set(LOCAL) - {"train-a-student"})  # which takes its five minutes
+QUICK = sorted(set(LOCAL) - {"train-a-student", "four-bit-and-lora"})  # which train
 VISIBLE = "() => [...document.querySelectorAll('[role=dialog], [role=alert]')].map(e => e.innerText).join(' / ')"
 
 

@@ -206,7 +206,9 @@ def pixels_of(images: list) -> torch.Tensor:
 def test_runs_on_what_comes_with_onestep(name, client):
     graph = api(name)
     for n in graph.values():
-        n["inputs"] |= {k: v for k, v in {"minutes": 0.1, "queries": 3, "batches": 1}.items() if k in n["inputs"]}
+        quick = {"minutes": 0.1, "queries": 3, "batches": 1}
+        quick |= {"steps": 2} if n["class_type"] == "TrainLoraNode" else {}
+        n["inputs"] |= {k: v for k, v in quick.items() if k in n["inputs"]}
     made = pictures(client, graph)
     assert made and all(np.asarray(p).std() > 5 for images in made.values() for p in images)
 
@@ -215,6 +217,17 @@ def test_what_the_mask_of_the_inpainting_protects_stays(client):
     before, after = map(pixels_of, pictures(client, api("inpaint-with-a-student")).values())
     change = (before - after).abs().mean((0, 1, 2))  # (W,)
     assert change[48:].max() < 0.05 < 0.1 < change[:32].max()
+
+
+@pytest.mark.slow
+def test_the_lora_teaches_the_four_bit_student_what_its_pictures_show(client):
+    before, after = map(pixels_of, list(pictures(client, api("four-bit-and-lora")).values()))
+    asked, stated = attributes_of("a large green heart on a pink background, in the center")
+    right = []
+    for shown in (before, after):
+        read = metrics.Judge.load().read(shown).attributes
+        right.append(metrics.all_right(read, asked.expand_as(read), stated.expand_as(read)).sum())
+    assert right[0] == 0 and right[1] >= 3, right
 
 
 def attributes_of(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:

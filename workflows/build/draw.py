@@ -136,7 +136,7 @@ def node(number: int, box: Box, schema: dict, corner: tuple[int, int], width: in
         else:
             given = value.value if asked else value
             values.append(default(kind, options) if linked or value is None else given)
-        if options.get("control_after_generate"):
+        if options.get("control_after_generate") or name == "seed":  # the page gives every seed this widget
             values.append("fixed")
             rows += 1
     outputs = [
