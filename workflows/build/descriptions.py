@@ -255,9 +255,9 @@ Nothing to download. Half a minute on two CPU cores, once.
         },
         {
             "decode a": decode("without", ("load", 2)), "scale a": larger("decode a"),
-            "save a": save(("scale a", 0), "Without", "lora-without", 200),
+            "save a": save(("scale a", 0), "Without", "lora-without", 190),
             "decode b": decode("with", ("load", 2)), "scale b": larger("decode b"),
-            "save b": save(("scale b", 0), "With the LoRA", "lora-with", 200),
+            "save b": save(("scale b", 0), "With the LoRA", "lora-with", 190),
         },
     ],
     [250, 240, 260, 230, 250],
