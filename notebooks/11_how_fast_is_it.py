@@ -221,7 +221,7 @@ def shares(steps):
         ax.barh([f"{steps} steps"], [part], left=left, color=widgets.COLOURS[colour], label=f"{name} {part:.0f} %")
         left += part
     ax.set(xlabel="share of the time, %")
-    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.45), ncols=3)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     return figure
 
 
