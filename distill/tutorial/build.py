@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -19,25 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..backbones import load
-from ..backbones.base import Backbone, weaker
+from ..backbones.base import weaker
 from ..backbones.patch import PatchAutoencoder
 from ..file import checkpoint
 from ..file.workflow import student_graph
-from ..methods.vsd import VSDOptions
-from ..student import StudentOptions
-from ..training.options import TrainOptions
-from ..training.students import train_student
 from . import autoencoder, demo, features, text
 from . import judge as judges
 from . import teacher as teachers
 from .bundled import ASSETS
 from .fit import half_convolutions
 from .metrics import Judge, evaluate, evaluate_seeds, known
-from .prompts import shape_batches
 from .rows import floors, under_law
 
-PARTS = ("judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "two_steps", "measure")
-Part = Literal["judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "two_steps", "measure"]
+PARTS = ("judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "measure")
+Part = Literal["judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "measure"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Build:
 TRIAL = 256  # pictures behind the choice among the teacher's averages
 WEAK = 0.45  # of the teacher's time: when the checkpoint for autoguidance is kept
 MINUTES = {"judge": 6.0, "features": 6.0, "autoencoder": 28.0, "decoder": 10.0, "text": 1.5, "teacher": 100.0}
-MINUTES |= {"student": 34.0, "two_steps": 75.0, "measure": 0.0}
+MINUTES |= {"student": 34.0, "measure": 0.0}
 
 
 def run(o: Build) -> None:
@@ -75,7 +70,6 @@ def run(o: Build) -> None:
         "text": make_text,
         "teacher": make_teacher,
         "student": make_student,
-        "two_steps": make_two_steps,
         "measure": measure,
     }
     for part in PARTS:
@@ -205,31 +199,9 @@ def make_student(o: Build, minutes: float) -> None:
     how = {"minutes": minutes, "seed": o.seed, "weak": weaker(teacher, weak)}
     with half_convolutions():
         *_, last = demo.stages(teacher, o.work / "student", resume=(o.work / "student").exists(), **how)
-    save_student(o, teacher, last.ema, {"minutes": minutes})
-
-
-def make_two_steps(o: Build, minutes: float) -> None:
-    """Train the bundled student on, for one call and for two: the second on what the first drew."""
-    teacher, weak = load(o.assets / "teacher.safetensors"), load(o.assets / "weak.safetensors")
-    options = VSDOptions(**demo.LAW, coach="copy", lr=1e-4, coach_warmup=200)
-    training = TrainOptions(steps=None, minutes=minutes, seed=o.seed, save_every=200, sheet_every=None)
-    how = {"student": StudentOptions(student_then=demo.THEN), "weak": weaker(teacher, weak)}
-    how |= {"net": load(o.assets / "student.safetensors").net, "resume": (o.work / "two_steps").exists()}
-    batches = shape_batches(teacher, demo.BATCH)
-    with half_convolutions():
-        for step in train_student(teacher, options, batches, training, o.work / "two_steps", **how):
-            if step.step % 200 == 0:
-                print(
-                    step.step, f"{step.progress:.3f}", {k: round(float(v), 4) for k, v in step.logs.items()}, flush=True
-                )
-    times = [CARD["t_in"], *demo.THEN]
-    save_student(o, teacher, step.ema, {"minutes": minutes, "student_then": demo.THEN}, times=times)
-
-
-def save_student(o: Build, teacher: Backbone, net: nn.Module, config: dict, **about: Any) -> None:
-    about |= {"method": "vsd", "config": demo.LAW | config | {"seed": o.seed}}
+    about = {"method": "vsd", "config": demo.LAW | {"minutes": minutes, "seed": o.seed}}
     about["workflow"] = student_graph("bundled: student")  # the name it has in ComfyUI's list
-    teacher.save_student(o.assets / "student.safetensors", net, **about)
+    teacher.save_student(o.assets / "student.safetensors", last.ema, **about)
 
 
 @torch.no_grad()

@@ -32,9 +32,6 @@ LAW = {"guidance": 1.7, "guidance_until": 0.45, "autoguidance": 1.25}
 """What the student is drawn to. Guidance puts more pictures right, and all farther from real ones and more alike; so it
 ends where noise is heaviest. A little autoguidance brings them nearer to real ones; too much of it, or away from a
 teacher that is far worse, overshoots."""
-THEN = (200,)
-"""The timestep of a second call. At 500 this schedule's noise still hides the picture (sigma / alpha 6.5; 2.3 at 200),
-and a second call begins nearly anew."""
 SHARES = {"pairs": 0.16, "regression": 0.32, "vsd": 0.40}  # of the time; the rest is for measuring
 BATCH = 32
 
