@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from distill.backbones import load
-from distill.backbones.base import to_pil
+from distill.backbones.drawing import to_pil
 from distill.file.metadata import read_metadata
 from distill.tutorial import shapes
 from distill.tutorial.bundled import bundled

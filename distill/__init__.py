@@ -30,7 +30,8 @@ __version__ = "0.1.0"
 
 _FACE = {
     "backbones": ["load"],
-    "backbones.base": ["Backbone", "to_pil"],
+    "backbones.base": ["Backbone"],
+    "backbones.drawing": ["to_pil"],
     "backbones.own": ["Own"],
     "tutorial.bundled": ["bundled"],
     "denoiser": ["from_net", "guided", "autoguided"],

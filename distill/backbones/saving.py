@@ -100,6 +100,11 @@ class Saving:
             return self.save_folder(path, net, **student | changes)
         return self.save(path, net, **student | {"workflow": self.graph(path, "")} | changes)
 
+    def check_student(self, **changes: Any) -> None:
+        """Raise CheckpointError where a student with these fields of Metadata could not be saved."""
+        if not self.in_comfyui:
+            scheduler_of(replace(self.meta, **changes))
+
     def student_path(self, path: str | Path) -> Path:
         """Where a student is saved: at the path; of a family without files, in a folder of its name without ending."""
         return Path(path) if self.in_comfyui else Path(path).with_suffix("")
@@ -111,12 +116,16 @@ class Saving:
 def scheduler_of(meta: Metadata) -> Any:
     """The diffusers scheduler with which a pipeline samples as `distill sample` does: a student's x0 at once, noised
     again to the next level; of a teacher from a file DPM-Solver++, on a flow schedule Euler. Raises CheckpointError for
-    a prediction that diffusers' schedulers do not know."""
+    a prediction or a start that diffusers' schedulers do not know."""
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
     spec, named = meta.schedule, {ours: theirs for theirs, ours in PREDICTIONS.items()}
     baked = bool(meta.guidance.get("baked"))
     if spec["kind"] == "flow" and meta.prediction == "flow":
+        last = float(from_spec(spec).index(torch.ones(())))
+        if baked and meta.t_in < last:  # there its noise is of less than unit variance (sample.one_step)
+            called = f"this student of a flow is called at {meta.t_in:g}, below the noisiest timestep, {last:g}"
+            raise CheckpointError(f"diffusers starts a flow from noise of unit variance; {called}. Train one at that.")
         how = {"shift": spec.get("shift", 1.0), "num_train_timesteps": spec.get("num_train_timesteps", 1000)}
         return FlowMatchEulerDiscreteScheduler(**how, stochastic_sampling=baked)
     if spec["kind"] != "ddpm" or meta.prediction not in named:
@@ -141,7 +150,7 @@ def how_to_call(meta: Metadata) -> dict[str, Any]:
     schedule = from_spec(meta.schedule)
     indices = torch.tensor(meta.timesteps(meta.steps), dtype=torch.float64)
     if meta.schedule["kind"] == "flow":  # its scheduler shifts them
-        return {"sigmas": [round(t, 4) for t in schedule.time(indices).tolist()], "guidance_scale": scale}
+        return {"sigmas": [round(t, 6) for t in schedule.time(indices).tolist()], "guidance_scale": scale}
     if meta.steps == 1:
         return {"num_inference_steps": 1, "guidance_scale": scale}
     return {"timesteps": indices.long().tolist(), "guidance_scale": scale}

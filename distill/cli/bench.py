@@ -22,7 +22,9 @@ class Bench:
     """
 
     model: tyro.conf.Positional[str] = "student"
-    """A OneStep file, a folder of diffusers', or the bundled student or teacher."""
+    """A OneStep file, a LoRA of one, a folder of diffusers', or the bundled student or teacher."""
+    base: str | None = None
+    """The model that a LoRA adds to. Default: the bundled one of that name."""
     queries: int = 100
     """Pictures made one at a time; the more, the narrower the range of a percentile. p99 is bounded from 368 on."""
     batches: int = 10
@@ -48,7 +50,7 @@ class Bench:
 def run(o: Bench) -> None:
     """Measure, print the table, write JSON. Raises CheckpointError for a file, ValueError for what cannot be."""
     from ..checks import SEEDS, need, within
-    from .console import bars, pick_device, writable
+    from .console import bars, open_model, writable
 
     within(o, queries=(1, inf), batches=(1, inf), batch=(1, inf), warmup=(0, inf), steps=(1, inf), seed=SEEDS)
     within(o, size=(8, inf), threads=(1, inf))
@@ -58,13 +60,11 @@ def run(o: Bench) -> None:
     import torch
 
     from ..atomic import replace, write_beside
-    from ..backbones import load
     from ..bench import measure, plot, table
-    from ..tutorial.bundled import find
 
     if o.threads:
         torch.set_num_threads(o.threads)
-    model = load(find(o.model), pick_device(o.device))
+    model = open_model(o.model, o.device, o.base)
     counts = {"queries": o.queries, "batches": o.batches, "batch": o.batch, "warmup": o.warmup, "seed": o.seed}
     about = {"steps": o.steps or model.meta.steps, "pixels": model.shape(1, o.size)[-1] * model.meta.latent["factor"]}
     about["numbers"] = str(next(model.net.parameters()).dtype).removeprefix("torch.")

@@ -49,9 +49,19 @@ def open_teacher(name: str, device: str, dtype: str = "float32") -> Backbone:
     from ..tutorial.bundled import find
 
     teacher = load(find(name), pick_device(device), getattr(torch, dtype))
+    teacher.name = named(find(name), teacher.name)
     made = teacher.meta.method
     need(made == "teacher", "teacher", teacher.name, f"a student, made by {made}; give what it was made of")
     return teacher
+
+
+def named(path: Path, name: str) -> str:
+    """What is said of a model to those that are made of it: its name; where a bundled model is called so and this one
+    is another, with its folder's, so that nothing takes the two for one."""
+    from ..tutorial.bundled import BUNDLED, bundled
+
+    other = name in {f"{n}.safetensors" for n in BUNDLED} and path.resolve() != bundled(Path(name).stem).resolve()
+    return f"{path.resolve().parent.name}/{name}" if other else name
 
 
 def base_of(base: str | None, name: str, why: str) -> Path:

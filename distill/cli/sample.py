@@ -49,7 +49,7 @@ def run(o: Sample) -> None:
     import torch
 
     from ..atomic import write_beside
-    from ..backbones.base import to_pil
+    from ..backbones.drawing import to_pil
 
     model = open_model(o.model, o.device, o.base)
     how = {"steps": o.steps, "guidance": o.guidance}

@@ -23,6 +23,7 @@ def start_of(init: str | None, teacher: Backbone, form: StudentOptions) -> tuple
     from ..backbones import load
     from ..file import lora
     from ..tutorial.bundled import find
+    from .console import named
 
     if init is None:
         return {}, teacher.name
@@ -32,7 +33,7 @@ def start_of(init: str | None, teacher: Backbone, form: StudentOptions) -> tuple
         ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (teacher.net, net))
         if ours != theirs:
             raise CheckpointError(f"{init}: another architecture than {teacher.name}'s. Start from one of its kind.")
-        return {"net": net}, Path(path).name
+        return {"net": net}, named(path, Path(path).name)
     held = lora.read(path)
     need(held.base == teacher.name, "init", init, f"a LoRA of {held.base}; give that as --teacher")
     if form.student == "full":

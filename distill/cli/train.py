@@ -110,6 +110,8 @@ def train(o: Run) -> Path:
     about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
     if o.form.student_then:
         about |= {"steps": 1 + len(o.form.student_then), "times": [t_in, *o.form.student_then]}
+    if o.form.student == "full":
+        teacher.check_student(**about)
     if teacher.in_comfyui:
         about["workflow"] = teacher.graph(file, prompts and prompts[0])
     step = None

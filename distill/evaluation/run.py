@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from ..backbones.base import Backbone, to_pil
+from ..backbones.base import Backbone
+from ..backbones.drawing import to_pil
 from ..bench import machine
 from .extractors import Clip, Inception, digest
 from .figures import Gaussian, clip_score, diversity, frechet, gaussian, kid

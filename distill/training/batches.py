@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from ..backbones.base import Backbone, encode_all
-from ..denoiser import Cond
+from ..backbones.base import Backbone
+from ..denoiser import Cond, map_cond
 from ..methods.base import Batches, Told
 from .cache import Make, Rows, hashed, identity, in_memory, on_disk
 
@@ -95,3 +95,9 @@ def _rows(
     make: Make, count: int, cache: Path | None, about: list, dtype: torch.dtype | None, told: Told | None
 ) -> Rows:
     return in_memory(make, count) if cache is None else on_disk(cache, hashed(about), make, count, dtype, told)
+
+
+def encode_all(model: Backbone, prompts: list[str], batch: int = 64) -> Cond:
+    """Any number of prompts, encoded in batches."""
+    parts = [model.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+    return map_cond(lambda *rows: torch.cat(rows), *parts)

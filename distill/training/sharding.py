@@ -62,8 +62,8 @@ def shard_all(nets: Mapping[str, Net], averages: Mapping[str, nn.Module], mesh: 
     found = 0
     for name, net in nets.items():
         inner = getattr(net.trained, "trained", net.trained)
-        steps = len(getattr(net.trained, "times", (1,)))
-        need(steps == 1, "student_steps", steps, "a sharded student (FSDP) takes 1; launch with --multi_gpu")
+        calls = len(getattr(net.trained, "times", (1,)))
+        need(calls == 1, "calls", calls, "a sharded student (FSDP) is called once, without student_then")
         if isinstance(inner, nn.Module) and all(p.requires_grad for p in inner.parameters()):
             found += 1
             for module in {inner, averages.get(name, inner)}:

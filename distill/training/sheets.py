@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, nn
 
-from ..backbones.base import Backbone, to_pil
+from ..backbones.base import Backbone
+from ..backbones.drawing import to_pil
 from ..denoiser import Cond, map_cond
 from ..sample import few_step
 from ..schedule import randn

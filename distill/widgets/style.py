@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..backbones.base import to_pil
+from ..backbones.drawing import to_pil
 
 COLOURS = {
     "teacher": "#0072B2",

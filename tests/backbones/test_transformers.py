@@ -9,6 +9,7 @@ import torch
 from test_families import PROMPTS, close, generator, pipeline
 
 from distill.backbones import load
+from distill.cli import main
 from distill.denoiser import map_cond
 from distill.header import CheckpointError
 from distill.sample import prior_scale, solve
@@ -117,6 +118,17 @@ def test_in_half_precision_flux_is_told_the_time_its_pipeline_tells(folders):
     for t in model.pipeline.scheduler.timesteps:
         model.denoiser(z, torch.tensor([model.time(float(t))]), model.null)
     assert len(told) == 6 and told[:3] == told[3:]
+
+
+def test_a_flow_called_below_its_noisiest_timestep_is_refused_before_it_is_trained(folders, tmp_path, capsys):
+    """diffusers would start it from more noise than `sample` does; there are no other files of these families."""
+    (tmp_path / "prompts.txt").write_text("a red ring\n")
+    words = ["train", "sds", "--teacher", folders["sd3"], "--prompts", tmp_path / "prompts.txt", "--t-in", 700]
+    capsys.readouterr()
+    assert main([str(w) for w in (*words, "--device", "cpu", "--out", tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "called at 700, below the noisiest timestep, 1000" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_null_prompt_of_sana_follows_no_instruction(folders):

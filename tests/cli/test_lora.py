@@ -103,6 +103,20 @@ def test_a_lora_goes_on_from_a_lora(folder, student, drawn, tmp_path, capsys):
     assert "its LoRA has rank 2 and alpha 4: --student-rank 2 --student-alpha 4" in capsys.readouterr().err
 
 
+def test_a_lora_goes_on_from_full_weights(folder, tmp_path, capsys):
+    """It adds to that student, which is not taken for the bundled one of its name; frozen, it draws what that draws."""
+    full, out = folder / "full/student.safetensors", tmp_path / "a/student.safetensors"
+    how = ["--teacher", folder / "sd", "--prompts", folder / "prompts.txt", "--init", full, "--out", tmp_path / "a"]
+    assert call(*TRAIN, *LORAS, *how, "--lr", "1e-12", "--weight-decay", 0) == 0
+    assert lora.read(out).base == "full/student.safetensors" and read_header(out)["__metadata__"]["teacher"] == "sd"
+    close(picture(open_model(str(out), "cpu", str(full))), picture(load(full)), 1e-4)
+    bench = ["bench", out, "--queries", 1, "--batches", 1, "--batch", 1, "--warmup", 0, "--device", "cpu"]
+    bench += ["--out", tmp_path / "bench.json"]
+    capsys.readouterr()
+    assert call(*bench) == 2 and "full/student.safetensors, as --base" in capsys.readouterr().err
+    assert call(*bench, "--base", full) == 0 and "network" in capsys.readouterr().out
+
+
 def test_a_run_of_another_form_is_not_gone_on_with(folder, capsys):
     how = ["--teacher", folder / "sd", "--prompts", folder / "prompts.txt", "--resume", "--out", folder / "run"]
     assert call(*TRAIN, "--rank", 2, *how) == 2 and "student 'lora', not 'full'" in capsys.readouterr().err

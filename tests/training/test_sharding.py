@@ -96,7 +96,7 @@ def test_what_does_not_go_with_sharded_nets_is_refused(monkeypatch, options, ver
 
 
 @pytest.mark.parametrize(
-    "kind, told", [("two loras", "adapters are not sharded"), ("two steps", "student_steps is 2: a sharded student")]
+    "kind, told", [("two loras", "adapters are not sharded"), ("two steps", "calls is 2: a sharded student")]
 )
 def test_nets_that_cannot_be_sharded_are_refused(mesh, kind, told):
     with pytest.raises(ValueError, match=told):
