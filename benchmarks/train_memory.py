@@ -5,6 +5,7 @@
 MODEL is a file, a folder, a bundled model, or random-sd15: Stable Diffusion 1.5's U-Net (859 M) of random weights, at
 512 pixels. By VSD, in fp32. One fork estimates, another trains; "beyond" is what the system says it held at most, less
 what it held when the model was open. Python's own dozen of MB is beside the tensors.
+What glibc keeps of freed memory too, unless MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 are set.
 """
 
 from __future__ import annotations
