@@ -64,31 +64,40 @@ def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor | flo
 
 
 class MLP(nn.Module):
-    """A small net(x, index, cond) -> raw for points in D dimensions; index / `scale` should lie in about [0, 1]."""
+    """A small net(x, index, cond) -> raw for points in D dimensions; index / `scale` should lie in about [0, 1].
 
-    def __init__(self, dim: int = 2, hidden: int = 64, scale: float = 1000.0, generator: Generator | None = None):
+    waves: how many random waves of x it sees beside x: with them it learns steep places sooner
+    (Fourier features, Tancik et al. 2020, 2006.10739).
+    """
+
+    def __init__(
+        self, dim: int = 2, hidden: int = 64, scale: float = 1000.0, generator: Generator | None = None, waves: int = 0
+    ):
         super().__init__()
         self.scale = scale
+        seen = dim + 3 + 2 * waves
         self.layers = nn.Sequential(
-            nn.Linear(dim + 3, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
+            nn.Linear(seen, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
         )
         with torch.no_grad():
             for p in self.parameters():  # as nn.Linear does, but from the given generator
                 bound = (p.shape[-1] if p.ndim > 1 else hidden) ** -0.5
                 p.copy_((2 * rand(p.shape, generator) - 1) * bound)
+        self.register_buffer("waves", 2 * randn((dim, waves), generator))  # about 3 long
 
     def forward(self, x: Tensor, index: Tensor, cond: Cond = None) -> Tensor:
         """x (B, D), index (B,) -> (B, D)."""
         t = (index / self.scale)[:, None].to(x)
-        return self.layers(torch.cat([x, t, (3 * t).cos(), (3 * t).sin()], dim=1))
+        phase = x @ self.waves
+        return self.layers(torch.cat([x, t, (3 * t).cos(), (3 * t).sin(), phase.cos(), phase.sin()], dim=1))
 
 
 class Student(nn.Module):
     """x = z + net(z): a one-step generator of points (B, D), whose first samples are the noise itself."""
 
-    def __init__(self, dim: int = 2, hidden: int = 64, generator: Generator | None = None):
+    def __init__(self, dim: int = 2, hidden: int = 64, generator: Generator | None = None, waves: int = 0):
         super().__init__()
-        self.net = MLP(dim, hidden, generator=generator)
+        self.net = MLP(dim, hidden, generator=generator, waves=waves)
 
     def forward(self, z: Tensor, cond: Cond = None) -> Tensor:
         """z (B, D) -> x0 (B, D)."""
@@ -98,8 +107,10 @@ class Student(nn.Module):
 class Coach:
     """A coach beside an exact teacher: teacher + net; the net is zero at first, so the coach starts as the teacher."""
 
-    def __init__(self, teacher: Denoiser, dim: int = 2, hidden: int = 64, generator: Generator | None = None):
-        self.teacher, self.module, self.denoiser = teacher, MLP(dim, hidden, generator=generator), self
+    def __init__(
+        self, teacher: Denoiser, dim: int = 2, hidden: int = 64, generator: Generator | None = None, waves: int = 0
+    ):
+        self.teacher, self.module, self.denoiser = teacher, MLP(dim, hidden, generator=generator, waves=waves), self
         self.schedule = teacher.schedule
         nn.init.zeros_(self.module.layers[-1].weight), nn.init.zeros_(self.module.layers[-1].bias)
 
