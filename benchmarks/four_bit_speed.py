@@ -147,11 +147,13 @@ def measure_times() -> dict:
     """variant -> seconds (median), ratio to BASE (lower quartile, median, upper), error."""
     models = {v: load(v) for v in FILES}
     outputs, taken = {}, {v: [] for v in FILES}
+    # at one thread the process's own seconds, which others on the machine do not lengthen
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for run in range(-1, options.runs):
         for v, model in models.items():
-            start = time.perf_counter()
+            start = clock()
             outputs[v] = forward(model)
-            taken[v] += [time.perf_counter() - start] * (run >= 0)  # not the first
+            taken[v] += [clock() - start] * (run >= 0)  # not the first
     exact = outputs["fp32"]
     return {
         v: {
