@@ -8,7 +8,7 @@ Metadata tells what a OneStep file's does but for what the base knows, and the b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ from .checkpoint import store
 from .metadata import Metadata
 
 FIELDS = (
-    "family", "method", "teacher", "prediction", "schedule", "t_in", "steps", "times", "guidance", "metrics", "config",
+    "family", "method", "teacher", "prediction", "schedule", "t_in", "steps", "guidance", "metrics", "config",
     "license",
 )  # fmt: skip
 """What the student's own metadata says; the rest is the base's."""
+TIMES = "times"  # the student's own too, where it has several calls
 CURE = "Download the file again, or train it again."
 
 
@@ -41,7 +42,7 @@ class LoraFile:
 
     def student(self, base: Metadata, path: str | Path) -> Metadata:
         """The metadata of base and LoRA together. Raises CheckpointError where they cannot be."""
-        return Metadata.from_strings(base.to_strings() | self.said, path)
+        return Metadata.from_strings(replace(base, times=None).to_strings() | self.said, path)
 
     def strings(self) -> dict[str, str]:
         """The file's metadata."""
@@ -51,7 +52,7 @@ class LoraFile:
 
 def of_student(adapters: Folded, base: str, part: str, meta: Metadata) -> LoraFile:
     """The LoRA of a student of this metadata; the other arguments are as LoraFile's."""
-    return LoraFile(adapters, base, part, {k: v for k, v in meta.to_strings().items() if k in FIELDS})
+    return LoraFile(adapters, base, part, {k: v for k, v in meta.to_strings().items() if k in (*FIELDS, TIMES)})
 
 
 def is_lora(path: Path) -> bool:
@@ -87,7 +88,7 @@ def read(path: str | Path) -> LoraFile:
     if tensors.keys() != pairs or not all(n.startswith(prefix) for n in layers) or not (rank > 0 and 0 < alpha < 1e6):
         raise CheckpointError(f"{path}: damaged: it does not hold pairs of tensors for its {strings['part']}. {CURE}")
     adapters = Folded({n.removeprefix(prefix): v.float() for n, v in tensors.items()}, rank, alpha)
-    said = {name: strings[name] for name in FIELDS}
+    said = {name: strings[name] for name in (*FIELDS, TIMES) if name in strings}
     return LoraFile(adapters, strings["base"], strings["part"], said)
 
 

@@ -204,3 +204,20 @@ def test_a_lora_of_a_family_that_comfyui_does_not_know_is_refused_its_names(stud
     assert call("export", other, tmp_path / "l.safetensors", "--format", "lora") == 2
     assert "ComfyUI's LoraLoader knows no 'sana'. Export it as lora-diffusers" in capsys.readouterr().err
     assert call("export", other, tmp_path / "l.safetensors", "--format", "lora-diffusers") == 0
+
+
+def test_a_lora_of_two_steps_keeps_their_times_and_its_base_lends_it_none(folder, student, tmp_path):
+    how = [
+        "--teacher",
+        folder / "sd",
+        "--prompts",
+        folder / "prompts.txt",
+        "--student-then",
+        200,
+        "--out",
+        tmp_path / "two",
+    ]
+    assert call(*TRAIN, *LORAS, *how) == 0
+    two = open_model(str(tmp_path / "two/student.safetensors"), "cpu", str(folder / "sd"))
+    assert (two.meta.steps, two.meta.times) == (2, [999, 200])
+    assert lora.read(student).student(two.meta, student).times is None

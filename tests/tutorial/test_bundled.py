@@ -16,6 +16,11 @@ def test_bundled_models_are_small_and_carry_their_figures():
         assert report["n"] == 1024 and report["accuracy"] > 0.95 and report["held_out_accuracy"] > 0.85
 
 
+def test_the_bundled_student_opens_its_own_graph():
+    nodes = read_metadata(bundled("student")).workflow["nodes"]
+    assert [n["widgets_values"] for n in nodes if n["type"] == "OneStepLoadStudent"] == [["bundled: student"]]
+
+
 def test_bundled_student_is_as_good_as_its_card():
     student = load(bundled("student"))
     report = metrics.evaluate(student.sample, metrics.Judge.load(), n=256)
