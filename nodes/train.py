@@ -149,7 +149,7 @@ def train(source: Path, file: Path, minutes: float, seed: int, prompts: str, bat
     """Train and write the file -> (whether Cancel was pressed, steps). Before the first step Cancel leaves nothing.
 
     Raises ValueError where packages are missing, for a family that ComfyUI has no loader for, and for a teacher of
-    another world than the tutorial's without prompts.
+    another world than the tutorial's without prompts; CheckpointError for one whose student would be no MODEL.
     """
     try:
         import accelerate  # noqa: F401  (what training needs beyond ComfyUI's own packages)
@@ -160,11 +160,13 @@ def train(source: Path, file: Path, minutes: float, seed: int, prompts: str, bat
             "with ComfyUI's Python, and start ComfyUI again."
         ) from None
     from ..distill.backbones import load
+    from .native.model import Config
 
     mm.unload_all_models()
     teacher, given = load(source, mm.get_torch_device()), [p.strip() for p in prompts.splitlines() if p.strip()]
     if not teacher.in_comfyui:
         raise ValueError(f"{source.name}: students of this family open outside of ComfyUI only. Use `distill train`.")
+    Config(source, teacher.meta)  # now, not after hours: what no MODEL can be
     work = Path(tempfile.mkdtemp(prefix="onestep-train-", dir=folder_paths.get_temp_directory()))
     page, stopped, step = Page(teacher, given), False, None
     steps, about = run(teacher, source, work, minutes, seed, given, batch_size, page.told)

@@ -11,7 +11,10 @@ import torch
 from inside_helpers import error, image, native
 from inside_setup import imported
 
-train = imported("nodes.train")
+train, demo, losses = imported("nodes.train"), imported("distill.tutorial.demo"), imported("distill.losses")
+load, bundled = imported("distill.backbones").load, imported("distill.tutorial.bundled").bundled
+guided, build_pairs = imported("distill.denoiser").guided, imported("distill.methods.pairs").build_pairs
+shape_batches = imported("distill.tutorial.prompts").shape_batches
 
 
 class Bar:
@@ -58,30 +61,47 @@ def check_a_student_is_trained_in_the_graph_and_usable_at_once():
     assert train.target("mine").name == "mine-2.safetensors"
 
 
-def check_cancel_leaves_a_usable_student():
-    show, seen = train.Page.show, []
+def cancelled(name: str, steps: int) -> Path:
+    """The file of a run on few pairs in small batches in which Cancel was pressed after so many steps."""
+    show, options, batch, seen = train.Page.show, demo.RegressionOptions, demo.BATCH, []
 
-    def cancelled(self, step):
+    def pressed(self, step):
         seen.append(step.step)
-        if len(seen) == 2:
+        if len(seen) == steps:
             mm.interrupt_current_processing()
         show(self, step)
 
-    train.Page.show = cancelled
+    train.Page.show, demo.BATCH = pressed, 8
+    demo.RegressionOptions = lambda **given: options(**given | {"pairs": 32, "pairs_minutes": None})
     try:
-        run("stopped", minutes=5)
+        run(name, minutes=5)
     except mm.InterruptProcessingException:
         pass
     else:
         raise AssertionError("it went on")
     finally:
-        train.Page.show = show
+        train.Page.show, demo.BATCH, demo.RegressionOptions = show, batch, options
         mm.interrupt_current_processing(False)
-    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
-    model, clip, _ = native.load(folder / "stopped.safetensors", [])
+    assert seen == list(range(1, steps + 1)), seen
+    return Path(folder_paths.get_folder_paths("diffusion_models")[0]) / f"{name}.safetensors"
+
+
+def check_cancel_leaves_a_usable_student():
+    model, clip, _ = native.load(cancelled("stopped", steps=2), [])
     assert image(model, clip).isfinite().all()
     left = [p.name for p in Path(folder_paths.get_temp_directory()).rglob("onestep-train-*")]
-    assert seen == [1, 2] and not left, (seen, left)
+    assert not left, left
+
+
+def check_the_student_learns():
+    """Called once, it comes closer than its teacher to where the teacher's solver goes from noise it never saw."""
+    teacher, student = load(bundled("teacher")), load(cancelled("learned", steps=16))
+    guide = guided(teacher.denoiser, teacher.meta.guidance["scale"], teacher.null)
+    pairs = build_pairs(guide, shape_batches(teacher, 16), torch.Generator().manual_seed(1), count=16)
+    once = [m.denoiser(pairs.z, torch.full((16,), m.time()), pairs.cond) for m in (teacher, student)]
+    before, after = (losses.regression(x, pairs.x0).item() for x in once)
+    print(f"teacher called once {before:.3f}, student {after:.3f}")
+    assert after < 0.9 * before, (before, after)
 
 
 def check_what_is_missing_is_one_line():
