@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,20 +146,25 @@ def target(name: str) -> Path:
     return file
 
 
+def need(*packages: str) -> None:
+    """Raise ValueError where one of the packages that training needs beyond ComfyUI's own is missing."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as e:
+            raise ValueError(
+                f"OneStep Train Student needs {e.name}, which ComfyUI does not bring: pip install accelerate diffusers "
+                "peft with ComfyUI's Python, and start ComfyUI again."
+            ) from None
+
+
 def train(source: Path, file: Path, minutes: float, seed: int, prompts: str, batch_size: int) -> tuple[bool, int]:
     """Train and write the file -> (whether Cancel was pressed, steps). Before the first step Cancel leaves nothing.
 
     Raises ValueError where packages are missing, for a family that ComfyUI has no loader for, and for a teacher of
     another world than the tutorial's without prompts; CheckpointError for one whose student would be no MODEL.
     """
-    try:
-        import accelerate  # noqa: F401  (what training needs beyond ComfyUI's own packages)
-        import diffusers  # noqa: F401
-    except ImportError as e:
-        raise ValueError(
-            f"OneStep Train Student needs {e.name}, which ComfyUI does not bring: pip install accelerate diffusers "
-            "with ComfyUI's Python, and start ComfyUI again."
-        ) from None
+    need("accelerate", "diffusers")
     from ..distill.backbones import load
     from .native.model import Config
 
@@ -209,6 +215,7 @@ def run(
         return stages(teacher, work, minutes=minutes, seed=seed, weak=weak, told=told), about
     if not prompts:
         raise ValueError(f"{source.name} is not of the tutorial's world: write prompts to train on, one a line.")
+    need("peft")  # the coach's adapters
     options = VSDOptions()
     about["guidance"] = {"scale": options.guidance, "baked": True}
     training = TrainOptions(steps=None, minutes=minutes, seed=seed)

@@ -8,7 +8,7 @@ import comfy.model_management as mm
 import comfy.utils
 import folder_paths
 import torch
-from inside_helpers import error, image, native
+from inside_helpers import FOLDER, error, image, native
 from inside_setup import imported
 
 train, demo, losses = imported("nodes.train"), imported("distill.tutorial.demo"), imported("distill.losses")
@@ -105,17 +105,19 @@ def check_the_student_learns():
 
 
 def check_what_is_missing_is_one_line():
-    held, sys.modules["accelerate"] = sys.modules.get("accelerate"), None
-    try:
-        run("nothing")
-    except ValueError as e:
-        assert "needs accelerate, which ComfyUI does not bring: pip install" in str(e), e
-    else:
-        raise AssertionError("it trained without accelerate")
-    finally:
-        sys.modules.pop("accelerate")
-        if held is not None:
-            sys.modules["accelerate"] = held
+    own = {"folder": str(FOLDER / "student.safetensors"), "prompts": "a red ring"}
+    for package, given in (("accelerate", {}), ("peft", own)):
+        held, sys.modules[package] = sys.modules.get(package), None
+        try:
+            run("nothing", **given)
+        except ValueError as e:
+            assert f"needs {package}, which ComfyUI does not bring: pip install" in str(e), e
+        else:
+            raise AssertionError(f"it trained without {package}")
+        finally:
+            sys.modules.pop(package)
+            if held is not None:
+                sys.modules[package] = held
     try:
         train.target("../../out")
     except ValueError as e:
