@@ -76,8 +76,7 @@ class Drawing:
         need(steps >= 1, "steps", steps, "1 or more")
         if self.meta.guidance.get("baked"):
             need(guidance is None, "guidance", guidance, f"{self.name} is a student, its guidance is in its weights")
-            times = [self.time(i) for i in self.meta.timesteps(steps)]
-            return few_step(self.denoiser, times)(z, cond, generator)
+            return few_step(self.denoiser, self.meta.calls(steps))(z, cond, generator)
         w = self.meta.guidance["scale"] if guidance is None else guidance
         return solve(guided(self.denoiser, w, self.null), z, cond, solver=solver, steps=steps)
 

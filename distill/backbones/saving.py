@@ -147,13 +147,11 @@ def how_to_call(meta: Metadata) -> dict[str, Any]:
     scale = meta.guidance.get("embedded", 0.0 if baked else meta.guidance["scale"])
     if not baked:
         return {"num_inference_steps": meta.steps, "guidance_scale": scale}
-    schedule = from_spec(meta.schedule)
-    indices = torch.tensor(meta.timesteps(meta.steps), dtype=torch.float64)
     if meta.schedule["kind"] == "flow":  # its scheduler shifts them
-        return {"sigmas": [round(t, 6) for t in schedule.time(indices).tolist()], "guidance_scale": scale}
+        return {"sigmas": [round(t, 6) for t in meta.calls(meta.steps)], "guidance_scale": scale}
     if meta.steps == 1:
         return {"num_inference_steps": 1, "guidance_scale": scale}
-    return {"timesteps": indices.long().tolist(), "guidance_scale": scale}
+    return {"timesteps": [round(i) for i in meta.timesteps(meta.steps)], "guidance_scale": scale}
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -59,14 +59,17 @@ class Metadata:
     workflow: dict[str, Any] | None = None
     """a ComfyUI graph; dropping the file on the canvas opens it"""
 
-    def timesteps(self, steps: int) -> list[float]:
-        """Where so many calls are made, as the net counts time: where it was trained for them, else at even times from
-        t_in down."""
-        if self.times and steps <= len(self.times):
-            return self.times[:steps]
+    def calls(self, steps: int) -> list[float]:
+        """The times in (0, 1] of so many calls: those it was trained at, where it has so many; else even ones from t_in
+        down."""
         schedule = from_spec(self.schedule)
-        t = schedule.time(self.t_in) * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-        return schedule.index(t).tolist()
+        if self.times and steps <= len(self.times):
+            return [float(schedule.time(i)) for i in self.times[:steps]]
+        return [float(schedule.time(self.t_in)) * (1 - i / steps) for i in range(steps)]
+
+    def timesteps(self, steps: int) -> list[float]:
+        """`calls` as the net counts time."""
+        return from_spec(self.schedule).index(torch.tensor(self.calls(steps), dtype=torch.float64)).tolist()
 
     def to_strings(self) -> dict[str, str]:
         """As a file's header holds it. Raises CheckpointError where a value cannot be right, or is no JSON."""
