@@ -6,12 +6,11 @@ it starts itself (found as the tests find it), comfy-cli's conversion and a Chro
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import shots
 from PIL import Image
-from server import HINT, PACK, Client, Server, find_comfyui
+from server import PACK, Client, served
 
 FOLDER = PACK / "workflows"
 sys.path.insert(0, str(FOLDER / "build"))
@@ -123,21 +122,14 @@ def gallery() -> str:
 def main(saved: str | None = None) -> None:
     if saved is not None:
         return describe(json.loads(Path(saved).read_text("utf-8")))
-    comfyui = find_comfyui()
-    if comfyui is None:
-        raise SystemExit(HINT)
-    with tempfile.TemporaryDirectory() as base:
-        server = Server.fresh(comfyui, Path(base))
-        try:
-            describe(server.json("/object_info"))
-            client = Client(server)
-            for name in LOCAL:
-                thumbnail(list(pictures(client, read(f"api/{name}")).values())).save(FOLDER / f"{name}.jpg", quality=92)
-            (PACK / "docs/gallery.md").write_text(gallery(), "utf-8")  # it shows those that are there
-            shots.nodes(server)
-            shots.readme(server)
-        finally:
-            server.stop()
+    with served() as server:
+        describe(server.json("/object_info"))
+        client = Client(server)
+        for name in LOCAL:
+            thumbnail(list(pictures(client, read(f"api/{name}")).values())).save(FOLDER / f"{name}.jpg", quality=92)
+        (PACK / "docs/gallery.md").write_text(gallery(), "utf-8")  # it shows those that are there
+        shots.nodes(server)
+        shots.readme(server)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +128,20 @@ class Server:
 
     def json(self, path: str):
         return json.loads(self.get(path))
+
+
+@contextmanager
+def served() -> Iterator[Server]:
+    """A ComfyUI in a folder of its own, for a script. Raises SystemExit where there is none."""
+    comfyui = find_comfyui()
+    if comfyui is None:
+        raise SystemExit(HINT)
+    with tempfile.TemporaryDirectory() as base:
+        server = Server.fresh(comfyui, Path(base))
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 @dataclass

@@ -3,12 +3,11 @@
 
 import io
 import json
-import tempfile
 from pathlib import Path
 
 from browser import SET, drop_and_run, opened, vue
 from PIL import Image
-from server import HINT, PACK, Server, find_comfyui
+from server import PACK, Server, served
 
 NODES = PACK / "web/docs/images"
 SCALE = 1.5  # pixels of a node's picture to one of the page
@@ -83,13 +82,6 @@ def quiet(page) -> None:
 
 
 if __name__ == "__main__":
-    comfyui = find_comfyui()
-    if comfyui is None:
-        raise SystemExit(HINT)
-    with tempfile.TemporaryDirectory() as base:
-        server = Server.fresh(comfyui, Path(base))
-        try:
-            nodes(server)
-            readme(server)
-        finally:
-            server.stop()
+    with served() as server:
+        nodes(server)
+        readme(server)

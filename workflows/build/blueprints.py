@@ -3,8 +3,8 @@ looks for those of a pack. A file's name is what the node library shows."""
 
 from __future__ import annotations
 
-from descriptions import WORLD, box, decode, sample, text
 from draw import Asked
+from pieces import WORLD, box, decode, sample, text
 from subgraph import Blueprint
 
 SIZE = box("EmptyLatentImage", width=Asked(64), height=Asked(64), batch_size=Asked(4, "pictures"))
