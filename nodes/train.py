@@ -146,7 +146,7 @@ def target(name: str) -> Path:
     return file
 
 
-def need(*packages: str) -> None:
+def need_packages(*packages: str) -> None:
     """Raise ValueError where one of the packages that training needs beyond ComfyUI's own is missing."""
     for package in packages:
         try:
@@ -164,7 +164,7 @@ def train(source: Path, file: Path, minutes: float, seed: int, prompts: str, bat
     Raises ValueError where packages are missing, for a family that ComfyUI has no loader for, and for a teacher of
     another world than the tutorial's without prompts; CheckpointError for one whose student would be no MODEL.
     """
-    need("accelerate", "diffusers")
+    need_packages("accelerate", "diffusers")
     from ..distill.backbones import load
     from .native.model import Config
 
@@ -215,7 +215,7 @@ def run(
         return stages(teacher, work, minutes=minutes, seed=seed, weak=weak, told=told), about
     if not prompts:
         raise ValueError(f"{source.name} is not of the tutorial's world: write prompts to train on, one a line.")
-    need("peft")  # the coach's adapters
+    need_packages("peft")  # the coach's adapters
     options = VSDOptions()
     about["guidance"] = {"scale": options.guidance, "baked": True}
     training = TrainOptions(steps=None, minutes=minutes, seed=seed)
