@@ -26,6 +26,7 @@ from ..atomic import write_beside
 from ..backbones.base import Backbone
 from ..denoiser import Cond, map_cond
 from ..methods.base import Told
+from .processes import part_at_exit
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def on_disk(
         from accelerate import PartialState
 
         PartialState(cpu=leaves(like)[0].device.type == "cpu").wait_for_everyone()
+        part_at_exit()
     return Rows(like, count, lru_cache(64)(lambda i: _read(_path(folder, i))))
 
 

@@ -22,6 +22,7 @@ from ..checks import need
 from ..methods.base import Batches, Method, Phase
 from . import records, sharding
 from .options import TrainOptions
+from .processes import part_at_exit
 from .state import Run, Step
 from .stopping import undivided
 
@@ -88,6 +89,7 @@ def train(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=str(device) == "cpu")
+    part_at_exit()
     kind = accelerator.distributed_type.value
     need(kind not in OTHERS, "distributed_type", kind, "launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
     device = torch.device(device) if device else accelerator.device
