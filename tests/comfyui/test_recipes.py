@@ -79,7 +79,10 @@ def test_a_file_of_ours_says_its_own(client):
     [
         ({}, "This MODEL has no OneStep recipe. The files it comes from are nameless.safetensors. Choose its family"),
         ({"family": "sdxl-lightning", "steps": 6}, "SDXL-Lightning takes 2, 4, 8 steps, not 6."),
-        ({"family": "flux-schnell"}, "This MODEL is no flow model, and FLUX.1 schnell is the other kind."),
+        (
+            {"family": "flux-schnell"},
+            "This MODEL is no flow model, and FLUX.1 schnell is the other kind. Choose the fam",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(client, files, recipe, said):

@@ -64,7 +64,7 @@ JOBS = {
     "dmd2-sdxl-1step": ("unet-eps", [(1, of(LCMScheduler), {"timesteps": [399]})]),
     "dmd2-sdxl": ("unet-eps", [(4, of(LCMScheduler), {"timesteps": [999, 749, 499, 249]})]),
     "lcm-sdxl": ("unet-eps", [(n, of(LCMScheduler), {}) for n in (1, 3, 4, 8)]),
-    "tcd-sdxl": ("unet-eps", [(n, of(TCDScheduler), {"eta": 0.3}) for n in (1, 4, 7)]),
+    "tcd-sdxl": ("unet-eps", [(n, of(TCDScheduler), {"eta": 0.3}) for n in (4, 7)]),
     "swiftbrush": ("unet-eps", [(1, None, {})]),
     "instaflow": ("unet-eps", [(1, None, {})]),
     "two-rectified-flow": ("unet-eps", [(5, None, {})]),

@@ -156,6 +156,7 @@ def test_languages_name_every_node_input_and_output(object_info, language):
         return
     for path, text in keys(found).items():
         assert text and (path[-1] == "name" or any(ord(c) > 0x2E80 for c in text)), path
+        assert not set(text) & set(",:;()"), f"{path}: punctuation of half width"
 
 
 def keys(tree: dict, path: tuple = ()) -> dict:

@@ -65,6 +65,15 @@ def test_steps_it_was_not_made_for_are_refused():
         TABLE["sdxl-lightning"].timesteps(6)
     with pytest.raises(ValueError, match=r"SD-Turbo takes 1 to 4 steps, not 5\."):
         TABLE["sd-turbo"].timesteps(5)
+    assert [TABLE["tcd-sdxl"].takes(n) for n in (1, 3, 4, 50)] == [False, False, True, True]  # diffusers' guide to it
+
+
+def test_licences_where_a_card_and_its_repository_say_different_things():
+    """Both are said: the stricter one forbids what the other allows."""
+    for name in ("dmd2-sdxl-1step", "dmd2-sdxl", "swiftbrush"):
+        assert {"CC BY-NC 4.0", "CC BY-NC-SA 4.0"} == {part.split(" (")[0] for part in TABLE[name].licence.split(", ")}
+    for name in ("instaflow", "two-rectified-flow"):  # "also subject to" the base model's
+        assert "CC BY-NC 4.0 and CreativeML OpenRAIL-M" in TABLE[name].licence
 
 
 FILES = {
