@@ -21,7 +21,7 @@ from ..denoiser import Denoiser, guided
 from ..losses import regression
 from ..sample import Generate
 from .base import Batches, Method, Net, Parts, Phase, Told
-from .pairs import Pairs, build_pairs
+from .pairs import build_pairs
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,13 @@ class Regression(Method):
         yield Phase("student", self.student_loss)
 
     def data(self, batches: Batches, generator: Generator, folder: Path | None, told: Told) -> Batches:
-        """The teacher's pairs: those in folder/pairs.safetensors, or new ones."""
+        """The teacher's pairs, in shards in folder/pairs."""
         o = self.options
-        path = folder / "pairs.safetensors" if folder is not None else None
-        if path is not None and (found := Pairs.load(path)) is not None:
-            return found
-        made = build_pairs(
+        return build_pairs(
             self.teacher, batches, generator, solver=o.solver, steps=o.solver_steps, count=o.pairs,
-            seconds=None if o.pairs_minutes is None else 60 * o.pairs_minutes, told=told,
+            seconds=None if o.pairs_minutes is None else 60 * o.pairs_minutes,
+            folder=None if folder is None else folder / "pairs", about=o.guidance, told=told,
         )  # fmt: skip
-        if path is not None:
-            made.save(path)
-        return made
 
     def student_loss(self, batch: dict, generator: Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, readouts) of a batch of pairs."""

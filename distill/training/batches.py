@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 from ..backbones.base import Backbone
 from ..denoiser import Cond, map_cond
 from ..methods.base import Batches, Told
-from .cache import Make, Rows, hashed, identity, in_memory, on_disk
+from ..shards import Rows, hashed
+from .cache import Make, identity, in_memory, on_disk
 
 
 def prompt_rows(

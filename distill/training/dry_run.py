@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..backbones.base import Backbone
 from ..methods.base import Batches, Method
-from .cache import leaves
-from .loop import prepare, seeded, train
+from ..shards import leaves
+from .loop import placed, prepare, seeded, train
 from .meter import Meter, capacity
 from .options import TrainOptions
 
@@ -96,7 +96,8 @@ class DryRun:
 
     def data(self, count: int) -> Batches:
         """Batches of so many samples, nothing kept on disk."""
-        return self.method.data(self.source(count), seeded("cpu", 0), None, lambda what, share, **readouts: None)
+        source = placed(self.source(count), self.device)
+        return self.method.data(source, seeded("cpu", 0), None, lambda what, share, **readouts: None)
 
     def measure(self, options: TrainOptions) -> tuple[int, int]:
         """As `step`, for these options. Steps are made."""
@@ -127,7 +128,7 @@ class DryRun:
         batch = self.data(self.batch_size)(0, seeded("cpu", 0))
         found = {}
         for name, value in batch.items():
-            tensors = [] if name == "shape" else leaves(value)
+            tensors = [] if name in ("shape", "device") else leaves(value)
             found |= {name if len(tensors) == 1 else f"{name} {i}": list(t.shape) for i, t in enumerate(tensors)}
         return found | {"samples": list(batch.get("shape", batch.get("x0", torch.empty(0)).shape))}
 

@@ -167,7 +167,7 @@ def _iteration(
     drawn: list[dict] = []
     for phase in method.phases(run.step):
         if phase.fresh or not drawn:
-            drawn = [_to(batches(run.step, draw), device) | {"device": device} for draw in draws]
+            drawn = [placed(batches, device)(run.step, draw) for draw in draws]
         logs |= _update(run, phase, drawn, noises, accelerator, device)
     method.after(run.step, run.averages)
     return logs
@@ -219,6 +219,11 @@ def seeded(device: str | torch.device, *numbers: int) -> Generator:
         h = (h ^ h >> 27) * 0x94D049BB133111EB % 2**64
         h ^= h >> 31
     return torch.Generator(device=device).manual_seed(h % 2**63)
+
+
+def placed(batches: Batches, device: torch.device) -> Batches:
+    """The same batches with their tensors on a device, which they name."""
+    return lambda step, generator: _to(batches(step, generator), device) | {"device": device}
 
 
 def _to(tree: Any, device: torch.device) -> Any:

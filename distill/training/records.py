@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import replace, write_beside
-from .cache import hashed
+from ..shards import hashed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,7 +13,7 @@ from ..backbones.drawing import to_pil
 from ..denoiser import Cond, map_cond
 from ..sample import few_step
 from ..schedule import randn
-from .cache import leaves
+from ..shards import leaves
 
 if TYPE_CHECKING:
     from PIL.Image import Image

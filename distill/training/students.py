@@ -14,7 +14,7 @@ from ..backbones.base import Backbone
 from ..denoiser import Denoiser
 from ..methods.base import Batches, Method, Options, Parts, Told
 from ..student import Student, StudentOptions
-from .loop import seeded, train
+from .loop import placed, seeded, train
 from .options import TrainOptions
 from .state import Step
 
@@ -55,7 +55,7 @@ def train_student(
     training = training or TrainOptions()
     method = assemble(teacher, options, training, student, net, adapters, t_in, weak)
     folder = Path(out) if out is not None else None
-    drawn = method.data(batches, seeded("cpu", training.seed, 1), folder, told)
+    drawn = method.data(placed(batches, teacher.device), seeded("cpu", training.seed, 1), folder, told)
     how = {"device": device or teacher.device, "identity": identity, "sheet": sheet}
     yield from train(method, drawn, training, out, resume, **how)
 

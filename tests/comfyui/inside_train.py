@@ -98,8 +98,9 @@ def check_the_student_learns():
     teacher, student = load(bundled("teacher")), load(cancelled("learned", steps=16))
     guide = guided(teacher.denoiser, teacher.meta.guidance["scale"], teacher.null)
     pairs = build_pairs(guide, shape_batches(teacher, 16), torch.Generator().manual_seed(1), count=16)
-    once = [m.denoiser(pairs.z, torch.full((16,), m.time()), pairs.cond) for m in (teacher, student)]
-    before, after = (losses.regression(x, pairs.x0).item() for x in once)
+    z, cond, x0 = pairs.rows[range(16)].values()
+    once = [m.denoiser(z, torch.full((16,), m.time()), cond) for m in (teacher, student)]
+    before, after = (losses.regression(x, x0).item() for x in once)
     print(f"teacher called once {before:.3f}, student {after:.3f}")
     assert after < 0.9 * before, (before, after)
 

@@ -8,17 +8,19 @@ import tiny
 import torch
 from PIL import Image
 
+from distill import shards
 from distill.backbones import load
+from distill.shards import hashed
 from distill.training import cache
 from distill.training.batches import image_batches, prompt_batches, prompt_rows
-from distill.training.cache import hashed, in_memory, on_disk
+from distill.training.cache import in_memory, on_disk
 
 COUNT = 10
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(cache, "ROWS", 4)
+    monkeypatch.setattr(shards, "ROWS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +88,14 @@ def test_half_precision_on_disk_comes_back_as_it_is_encoded(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_a_batch_does_not_read_the_whole_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "ROWS", 64)
+    monkeypatch.setattr(shards, "ROWS", 64)
     on_disk(tmp_path, "k", lambda numbers: torch.ones(len(numbers), 1 << 18), 64)  # 64 MB
 
     def held():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = held()
-    tensors = cache._read(tmp_path / "k" / "000000.safetensors")
+    tensors = shards.read(tmp_path / "k" / "000000.safetensors")
     assert tensors[0][40].sum() == 1 << 18
     assert held() - before < 16e6
 
