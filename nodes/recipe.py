@@ -73,8 +73,8 @@ def patched(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
     elif flow != (recipe.clock["kind"] == "flow"):
         kind = "a flow model" if flow else "no flow model"
         raise ValueError(
-            f"This MODEL is {kind}, and {recipe.title} is the other kind. Choose the family it is of; if none is, sample "
-            "it with KSampler."
+            f"This MODEL is {kind}, and {recipe.title} is the other kind. Choose the family it is of; where there is "
+            "none, sample it with KSampler."
         )
     elif recipe.prediction == "x0" and not isinstance(native, X0):
         sampling = Clean()
