@@ -123,11 +123,12 @@ def diffusers_net(unet: Any) -> Net:
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance, uncond + w (cond - uncond), in one doubled batch (Ho & Salimans 2022, eq. 6)."""
+    """Classifier-free guidance at t <= until, uncond + w (cond - uncond), in one batch (Ho & Salimans 2022, eq. 6)."""
 
     denoiser: Denoiser
     w: float | Tensor
     null: Cond
+    until: float = 1.0
 
     @property
     def schedule(self) -> Schedule:
@@ -141,12 +142,14 @@ class Guided:
         """The guided x0, and the unguided one that was computed on the way."""
         doubled = map_cond(lambda v, n: torch.cat([v, like_batch(n, v)]), cond, self.null)
         given, unknown = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), doubled).chunk(2)
-        w = expand(self.w, x_t) if isinstance(self.w, Tensor) else self.w
+        w = self.w if self.until >= 1 else torch.where(t <= self.until, self.w, 1.0)
+        w = expand(w, x_t) if isinstance(w, Tensor) else w
         return unknown + w * (given - unknown), given
 
 
-def guided(denoiser: Denoiser, w: float | Tensor, null: Cond) -> Denoiser:
+def guided(denoiser: Denoiser, w: float | Tensor, null: Cond, until: float = 1.0) -> Denoiser:
     """The denoiser with guidance w: a number, or (B,) numbers, one per sample. null: the empty prompt, one row or B.
+    until: guide only at t up to this (Kynkaanniemi et al. 2024).
 
     w = 1 is the denoiser itself. Raises ValueError when w asks for an empty prompt and there is none.
     """
@@ -154,7 +157,7 @@ def guided(denoiser: Denoiser, w: float | Tensor, null: Cond) -> Denoiser:
         return denoiser
     if null is None:
         raise ValueError(f"guidance {w} needs the empty prompt (null); pass its embeddings or use guidance 1")
-    return Guided(denoiser, w, null)
+    return Guided(denoiser, w, null, until)
 
 
 @dataclass(frozen=True)

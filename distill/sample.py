@@ -106,11 +106,25 @@ def solve(
     The last step is plain: it returns the x0 predicted there. callback(i, x0) sees every prediction.
     """
     times = trailing(steps) if times is None else times
+    x = prior_scale(denoiser, torch.full((len(z),), times[0], device=z.device), z) * z
+    return solve_from(denoiser, x, times, cond, solver=solver, callback=callback)
+
+
+@torch.no_grad()
+def solve_from(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: list[float],
+    cond: Cond = None,
+    *,
+    solver: str = "dpm++",
+    callback: Callable[[int, Tensor], Any] | None = None,
+) -> Tensor:
+    """x_t (B, ...) of times[0] -> x0, as `solve` goes on from it."""
     need(solver in SOLVERS, "solver", solver, f"one of {', '.join(SOLVERS)}")
     step, schedule, before = SOLVERS[solver], denoiser.schedule, None
-    ts = [torch.full((len(z),), t, device=z.device) for t in times]
-    levels = [(expand(schedule.alpha(t), z), expand(schedule.sigma(t), z)) for t in ts]
-    x = prior_scale(denoiser, ts[0], z) * z
+    ts = [torch.full((len(x),), t, device=x.device) for t in times]
+    levels = [(expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)) for t in ts]
     for i, t in enumerate(ts):
         x0 = denoiser(x, t, cond)
         if callback is not None:

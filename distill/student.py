@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-import torch
 from torch import Generator, Tensor, nn
 
 from .adapters import Lora
 from .checks import positive, within
 from .denoiser import Cond, Denoiser, Make
-from .sample import few_step, one_step, renoised
+from .sample import one_step
 
 
 class Student:
@@ -33,16 +32,6 @@ class Student:
 
     def __call__(self, z: Tensor, cond: Cond = None) -> Tensor:
         return self._call(z, cond)
-
-    def simulate(self, z: Tensor, cond: Cond, generator: Generator) -> Tensor:
-        """x0 of one call, any of them as likely, on what the student itself drew before it, as sampling will do
-        (backward simulation, DMD2 section 4.5). Gradients pass through that call alone."""
-        calls = int(torch.randint(len(self.times), (), generator=generator))
-        if calls == 0:
-            return self(z, cond)
-        with torch.no_grad():
-            x0 = few_step(self.denoiser, self.times[:calls])(z, cond, generator)
-        return renoised(self.denoiser, x0, self.times[calls], cond, generator)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The net's, or the adapters."""
@@ -72,8 +61,8 @@ class StudentOptions:
     little more than DMD2's list for SDXL."""
 
     student_then: tuple[float, ...] = ()
-    """Timesteps of further calls, as the net counts them, falling. Each call is trained on what those before it drew;
-    the student can be sampled in one step and in more."""
+    """Timesteps of further calls, as the net counts them, falling. Each call is trained on what those before it drew
+    (VSD, SDS); the student can be sampled in one step and in more."""
 
     def __post_init__(self) -> None:
         within(self, student_rank=(1, inf))

@@ -102,6 +102,8 @@ def test_guidance_is_one_doubled_batch_and_the_formula():
     torch.testing.assert_close(guided(spy, w, null)(x_t, t, {"mode": mode}), unknown + w[:, None] * (given - unknown))
     assert calls == [128]
     torch.testing.assert_close(guided(spy, 2.0, null)(x_t, t, {"mode": mode}), 2 * given - unknown)
+    early = guided(spy, w, null, until=0.5)(x_t, t, {"mode": mode})
+    torch.testing.assert_close(early, torch.where(t[:, None] <= 0.5, unknown + w[:, None] * (given - unknown), given))
     assert guided(spy, 1.0, None) is spy
     with pytest.raises(ValueError, match="null"):
         guided(spy, 2.0, None)

@@ -5,7 +5,7 @@ import torch
 
 from distill import schedule as S
 from distill.denoiser import from_net
-from distill.sample import diffusers_scheduler, few_step, one_step, solve, through_diffusers, trailing
+from distill.sample import diffusers_scheduler, few_step, one_step, solve, solve_from, through_diffusers, trailing
 from distill.toy import Gaussian, Mixture, ring
 
 
@@ -50,6 +50,17 @@ def test_solvers_reach_the_data(schedule, solver):
     assert (torch.bincount(nearest, minlength=5) > 300).all()
     within = (x - teacher.means[nearest]).square().mean().sqrt()
     assert within.item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_solver_goes_on_from_the_middle():
+    """From noised data on: back near where it was, spread as the data are."""
+    teacher = Mixture(ring(5, radius=2), 0.2, S.flow())
+    x0 = teacher.means[torch.arange(2000) % 5] + 0.2 * z(2000)
+    x_t = teacher.schedule.noise(x0, torch.full((2000,), 0.3), z(2000).flip(0))
+    x = solve_from(teacher, x_t, torch.linspace(0.3, 0.003, 20).tolist())
+    nearest = torch.cdist(x, teacher.means).argmin(1)
+    assert (x - x0).square().mean() < (x_t - x0).square().mean() / 2
+    assert (x - teacher.means[nearest]).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.1)
 
 
 def test_dpm_is_second_order():

@@ -74,7 +74,7 @@ class SDS(VSD):
         return {"student": Net(self.student, self.options.lr, average=True)}
 
     def phases(self, step: int) -> Iterator[Phase]:
-        yield Phase("student", self.student_loss)
+        yield from self.student_phases()
 
     def coach_says(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, w: float | Tensor) -> tuple[Tensor, Tensor]:
         """The samples themselves, where VSD has the coach's estimate of them."""

@@ -8,12 +8,18 @@
 
 The gradient of KL(student || teacher) at every noise level. At the start the coach is the teacher and g = 0: the
 student moves only because the coach learns. Keep the coach at least 4 times as fast as the student.
+
+A student of more calls learns the later ones by regression, on what it drew itself (backward simulation, DMD2 4.5):
+
+    x_t  = alpha x + sigma eps                            x of the call before, t the call's
+    minimise |student(x_t, t, c) - solver(x_t, c)|^2      where the guided teacher's solver goes from x_t
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Literal
 
@@ -24,9 +30,8 @@ from ..checks import need, positive, within
 from ..coach import Coach, CopyCoach, LoraCoach
 from ..denoiser import Cond, Denoiser, autoguided, drop, guided, with_plain
 from ..losses import COACH_WEIGHTS, WEIGHTS, denoising, health, matching_gradient, surrogate
-from ..sample import Generate
+from ..sample import Generate, solve_from
 from ..schedule import Times, expand, rand, randn, uniform
-from ..student import Student
 from .base import Method, Net, Parts, Phase
 
 
@@ -134,20 +139,25 @@ class VSD(Method):
 
     def phases(self, step: int) -> Iterator[Phase]:
         if step >= self.options.coach_warmup:
-            yield Phase("student", self.student_loss)
+            yield from self.student_phases()
         for i in range(self.options.coach_steps):
             yield Phase("coach", self.coach_loss, fresh=i > 0)
 
+    def student_phases(self) -> Iterator[Phase]:
+        """One for each of the student's calls, in order, on one batch."""
+        yield Phase("student", self.student_loss)
+        for i in range(1, len(getattr(self.student, "times", [1.0]))):
+            yield Phase("student", partial(self.later_loss, i), fresh=False)
+
     def student_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """(a scalar whose gradient is g, readouts); leaves the samples in batch["x"]."""
+        """(a scalar whose gradient is g, readouts); leaves the samples in batch["x"] and batch["before"]."""
         cond = batch["cond"]
         x = self.generate(batch, generator)
-        batch["x"] = x.detach()
+        batch["x"] = batch["before"] = x.detach()
         with torch.no_grad():
             x_t, t = self.renoise(x, self.times, generator)
-            w = self.draw_guidance(x, t, generator)
-            teacher = autoguided(guided(self.teacher, w, self.null), self.options.autoguidance, self.weak)
-            x0_T, plain_T = with_plain(teacher, x_t, t, cond)
+            w = self.draw_guidance(x, generator)
+            x0_T, plain_T = with_plain(self.law(w), x_t, t, cond)
             x0_C, plain_C = self.coach_says(x, x_t, t, cond, w)
             alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
             g = matching_gradient(x0_T, x0_C, WEIGHTS[self.options.weight](x, x0_T, alpha, sigma))
@@ -157,8 +167,32 @@ class VSD(Method):
 
     def coach_says(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond, w: float | Tensor) -> tuple[Tensor, Tensor]:
         """The coach's x0, and its x0 without guidance."""
-        guide = {"teacher": self.coach.denoiser, "both": guided(self.coach.denoiser, w, self.null)}
-        return with_plain(guide[self.options.guide], x_t, t, cond)
+        coach = self.coach.denoiser
+        if self.options.guide == "both":
+            coach = guided(coach, w, self.null, self.options.guidance_until)
+        return with_plain(coach, x_t, t, cond)
+
+    def law(self, w: float | Tensor) -> Denoiser:
+        """What the student is drawn to: the teacher as it is guided."""
+        o = self.options
+        return autoguided(guided(self.teacher, w, self.null, o.guidance_until), o.autoguidance, self.weak)
+
+    def later_loss(self, i: int, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the mean squared error of call i, from 1, readouts); takes batch["before"] and leaves its own samples there.
+
+        The solver halves t twice on its way. Regression blurs only what x_t leaves open, which is little at a low t.
+        """
+        cond, t = batch["cond"], self.student.times[i]
+        with torch.no_grad():
+            x_t, times = self.renoise(
+                batch["before"], lambda n, g, device: torch.full((n,), t, device=device), generator
+            )
+            w = self.draw_guidance(x_t, generator)
+            target = solve_from(self.law(w), x_t, [t, t / 2, t / 4], cond)
+        x = self.student.denoiser(x_t, times, cond).float()
+        batch["before"] = x.detach()
+        loss = (x - target).square().mean()
+        return loss, {f"call_{i + 1}_loss": loss.detach()}
 
     def coach_loss(self, batch: dict, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """(the denoising loss on the student's samples, readouts)."""
@@ -175,21 +209,15 @@ class VSD(Method):
         return loss, {"coach_loss": loss.detach()}
 
     def generate(self, batch: dict, generator: Generator) -> Tensor:
-        """Student samples, in fp32; of a student of several steps, what one of them draws."""
-        z = randn(batch["shape"], generator, batch.get("device"))
-        if isinstance(self.student, Student) and len(self.student.times) > 1:
-            return self.student.simulate(z, batch["cond"], generator).float()
-        return self.student(z, batch["cond"]).float()
+        """The student's samples of one call, in fp32."""
+        return self.student(randn(batch["shape"], generator, batch.get("device")), batch["cond"]).float()
 
     def renoise(self, x: Tensor, times: Times, generator: Generator) -> tuple[Tensor, Tensor]:
         """x (B, ...) noised at t ~ times -> (x_t, t)."""
         t = times(len(x), generator, x.device)
         return self.schedule.noise(x.detach(), t, randn(x.shape, generator, x.device)), t
 
-    def draw_guidance(self, x: Tensor, t: Tensor, generator: Generator) -> float | Tensor:
+    def draw_guidance(self, x: Tensor, generator: Generator) -> float | Tensor:
         """w: a number, or (B,) where it differs from sample to sample."""
-        o = self.options
-        w = o.guidance
-        if o.guidance_max is not None:
-            w = w + (o.guidance_max - w) * rand((len(x),), generator, x.device)
-        return w if o.guidance_until >= 1 else torch.where(t <= o.guidance_until, w, 1.0)
+        w, largest = self.options.guidance, self.options.guidance_max
+        return w if largest is None else w + (largest - w) * rand((len(x),), generator, x.device)

@@ -8,11 +8,13 @@ from small_runs import SCHEDULE, TINY, Net, assert_same, batches, build, content
 from torch import nn
 
 from distill import toy
+from distill.denoiser import guided
 from distill.methods import METHODS
 from distill.methods.base import Method, Parts, Phase
 from distill.methods.base import Net as Trained
 from distill.methods.regression import RegressionOptions
 from distill.methods.vsd import VSD, VSDOptions
+from distill.sample import solve_from
 from distill.schedule import randn
 from distill.student import Student
 from distill.training.loop import train
@@ -114,13 +116,6 @@ def test_each_coach_step_but_a_shared_first_one_draws_its_own_batch():
         assert ["x" in b for b in firsts] == [True, False, False]  # the student's batch, then fresh ones
 
 
-def test_guidance_ends_where_it_should():
-    """guidance_until: above it the teacher is not guided; below it is."""
-    method = VSD(VSDOptions(guidance=3.0, guidance_until=0.4), None, toy.Coach(toy.Mixture(toy.ring(2), 0.1, SCHEDULE)))
-    x, t = torch.zeros(4, 2), torch.tensor([0.1, 0.4, 0.41, 0.9])
-    assert method.draw_guidance(x, t, None).tolist() == [3, 3, 1, 1]
-
-
 def test_the_teacher_is_guided_in_the_loss():
     """The gradient is that of the guided teacher, and not that of the plain one."""
     teacher = toy.Mixture(toy.ring(2), 0.3, SCHEDULE)
@@ -186,26 +181,27 @@ def test_a_student_is_one_call_at_its_time():
     assert run("regression").student is not net
 
 
-def test_a_student_of_two_steps_learns_each_call_on_what_it_drew_before():
-    net, drawn, cond = Net(), [], {"c": torch.ones(3, 2)}
-    student = Student(net, make, 0.8, then=[0.4])
-    assert student.times == [0.8, 0.4]
-    z = randn((3, 2), torch.Generator().manual_seed(0))
-    for seed in range(8):
-        x = student.simulate(z, cond, torch.Generator().manual_seed(seed))
-        first = torch.equal(x, student(z, cond))
-        drawn.append(first)
-        if first:
-            continue
-        g = torch.Generator().manual_seed(seed)
-        torch.randint(2, (), generator=g)  # which call
-        with torch.no_grad():
-            x_t = SCHEDULE.noise(student(z, cond), torch.full((3,), 0.4), randn((3, 2), g))
-        again = make(net)(x_t, torch.full((3,), 0.4), cond)
-        torch.testing.assert_close(x, again)
-        both = [torch.autograd.grad(y.square().sum(), net.mlp.parameters()) for y in (x, again)]
-        torch.testing.assert_close(*both)  # nothing reaches the net through the first call
-    assert 0 < sum(drawn) < 8
+def test_a_later_call_learns_where_the_guided_teacher_goes_from_the_call_before():
+    """Its gradient is that of the squared error to the law's solver, from noise on what the student drew; nothing
+    reaches the net through the first call, and the coach sees first calls alone."""
+    method = build("two steps", guidance=2.0, guidance_max=None, guidance_until=0.3)
+    student, net, batch = method.student, method.student.module, batches(0, torch.Generator().manual_seed(0))
+    assert student.times == [1.0, 0.4]
+    first, later = [phase.loss for phase in method.phases(0) if phase.net == "student"]
+    first(batch, torch.Generator().manual_seed(1))
+    drawn = batch["x"]
+    loss, logs = later(batch, torch.Generator().manual_seed(2))
+    got = torch.autograd.grad(loss, net.mlp.parameters())
+
+    at = torch.full((8,), 0.4)
+    x_t = SCHEDULE.noise(drawn, at, randn((8, 2), torch.Generator().manual_seed(2)))
+    law = guided(method.teacher, 2.0, method.null, until=0.3)
+    target = solve_from(law, x_t, [0.4, 0.2, 0.1], batch["cond"])
+    x = make(net)(x_t, at, batch["cond"])
+    expected = (x - target).square().mean()
+    assert logs["call_2_loss"] == pytest.approx(expected.item())
+    torch.testing.assert_close(got, torch.autograd.grad(expected, net.mlp.parameters()))
+    assert batch["x"] is drawn and torch.equal(batch["before"], x.detach())
 
 
 def test_pairs_teach_one_call():

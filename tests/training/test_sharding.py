@@ -95,9 +95,6 @@ def test_what_does_not_go_with_sharded_nets_is_refused(monkeypatch, options, ver
     assert sharding.mesh_of(alone, torch.device("cpu"), TrainOptions(**options)) is None
 
 
-@pytest.mark.parametrize(
-    "kind, told", [("two loras", "adapters are not sharded"), ("two steps", "calls is 2: a sharded student")]
-)
-def test_nets_that_cannot_be_sharded_are_refused(mesh, kind, told):
-    with pytest.raises(ValueError, match=told):
-        sharding.shard_all(build(kind).nets, {}, mesh)
+def test_adapters_are_not_sharded(mesh):
+    with pytest.raises(ValueError, match="adapters are not sharded"):
+        sharding.shard_all(build("two loras").nets, {}, mesh)
