@@ -188,7 +188,7 @@ assert sum(parts.values()) > parts["network"]
 # not know are passed over.
 # </details>
 #
-# **2.** Is the student limited to one step? Try `student.sample(PROMPTS, generator, steps=2)`.
+# **2.** Is the student limited to one step? Try `steps=2` in `student.sample`.
 #
 # <details><summary>Solution</summary>
 #

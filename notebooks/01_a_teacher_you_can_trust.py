@@ -192,9 +192,10 @@ class Flow(Method):
 # %% [markdown]
 # The training loop is the library's: a generator of steps, the same for every method. The view below draws what it
 # yields. A good check while it trains is the loss on *fixed* points, times and noises, the validation loss: unlike the
-# training loss it does not jump about. Does it tell quality? We look seven times and compare it with the distance of
-# the drawn points to the truth. If both sort the looks alike, their *rank correlation* is 1; if one says nothing about
-# the other, 0.
+# training loss it does not jump about. Does it tell quality? We look seven times and compare it with a distance of
+# the drawn points to the truth, `gap`: how much farther apart points of different sets are than points of one set, on
+# average; 0 where the sets are alike. If loss and distance sort the looks alike, their *rank correlation* is 1; if one
+# says nothing about the other, 0.
 
 # %%
 FIXED = [teacher.sample(4000, seed(6)), 0.001 + 0.998 * torch.rand(4000, generator=seed(7))]

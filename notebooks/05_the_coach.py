@@ -207,8 +207,9 @@ assert gap[0] == 0 and max(gap[:100]) > 0.1
 # ## The same lines on pictures
 #
 # The method never asked what a "point" is. Hand it the bundled teacher, whose points are pictures of 64 by 64 pixels,
-# and nothing changes but the nets (here the coach is a full copy of the teacher: `coach="copy"`). We start from the teacher itself, called once: that is the blur a student has to
-# get rid of. Half a minute of training is no finished student, but it is enough to see the blur go.
+# and nothing changes but the nets (here the coach is a full copy of the teacher: `coach="copy"`). We start from the
+# teacher itself, called once: that is the blur a student has to get rid of. Half a minute of training is no finished
+# student, but it is enough to see the blur go.
 
 # %%
 import distill
@@ -292,5 +293,5 @@ assert picture_run.history["rel_gap"][0] < picture_run.history["rel_gap"][-1]  #
 # - Yin and others, *Distribution Matching Distillation* (2023): the same gradient, other weights, [arXiv 2311.18828](https://arxiv.org/abs/2311.18828).
 # - Luo and others, *Diff-Instruct* (2023), [arXiv 2305.18455](https://arxiv.org/abs/2305.18455).
 #
-# **Next:** [chapter 6](06_keeping_it_stable.ipynb) breaks this training in five ways and repairs it. The formulas behind
-# both are in [docs/theory.md](../docs/theory.md).
+# **Next:** [chapter 6](06_keeping_it_stable.ipynb) breaks this training and repairs it. The formulas behind both are in
+# [docs/theory.md](../docs/theory.md).

@@ -233,8 +233,9 @@ question.check("58 %" if shown["eps"] > 0.3 else "4 %")
 assert max(shown["x0"], shown["v"], shown["flow"]) < 0.07 and shown["eps"] > 0.4
 
 # %% [markdown]
-# A teacher's later steps see what the first one spoiled and can repair it. A student called once has no later steps. So a student meant for four bits predicts $x_0$, $v$ or flow; or it is called where
-# `out` is small; or it gets eight bits. `distill info student` says what yours predicts:
+# A teacher's later steps see what the first one spoiled and can repair it. A student called once has no later steps. So
+# a student meant for four bits predicts $x_0$, $v$ or flow; or it is called where `out` is small; or it gets eight bits.
+# `distill info student` says what yours predicts:
 
 # %%
 print(f"the bundled student predicts {student.meta.prediction}, is called at {student.meta.t_in:g}")
