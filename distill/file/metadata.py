@@ -17,6 +17,8 @@ from .rules import Wrong, need
 from .schema import FIELDS, PARTS, agree, deepest
 
 VERSION = 1
+LONGEST = 16_000_000
+"""characters of a file's metadata: a tokenizer has up to 4 million, a graph less"""
 CURE = "Download the file again, or make it again with `distill train` or OneStep Quantize."
 
 
@@ -102,6 +104,9 @@ class Metadata:
         version = strings["onestep.version"]
         if version not in map(str, range(VERSION + 1)):
             raise CheckpointError(f"{path}: written by a newer OneStep (version {version[:20]!r}). Update OneStep.")
+        length = sum(len(strings.get(f.name, "")) for f in fields(cls))
+        if length > LONGEST:
+            raise CheckpointError(f"{path}: damaged: {length} characters of metadata, over {LONGEST}. {CURE}")
         values = {}
         for f in fields(cls):
             if f.name in strings:

@@ -145,18 +145,14 @@ def _file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     header = read_header(path)
     base = 8 + int.from_bytes(path.open("rb").read(8), "little")
     entries = {}
+    metadata = header.pop("__metadata__", {})
     for key, spec in header.items():
-        if key != "__metadata__":
-            try:
-                start, end = spec["data_offsets"]
-                entry = Entry(path, spec["dtype"], tuple(spec["shape"]), base + start, end - start)
-            except (KeyError, TypeError, ValueError):
-                raise CheckpointError(f"{path}: the header's entry for {key} is damaged. Download it again.") from None
-            width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
-            if width is not None and entry.numel * width != entry.size:
-                raise CheckpointError(f"{path}: the header gives {key} {entry.size} bytes. Download it again.")
-            entries[key] = entry
-    return entries, dict(header.get("__metadata__") or {})
+        start, end = spec["data_offsets"]
+        entry = entries[key] = Entry(path, spec["dtype"], tuple(spec["shape"]), base + start, end - start)
+        width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+        if width is not None and entry.numel * width != entry.size:
+            raise CheckpointError(f"{path}: the header gives {key:.200} {entry.size} bytes. Download it again.")
+    return entries, metadata
 
 
 def _folder(folder: Path) -> Source:

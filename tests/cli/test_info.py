@@ -33,7 +33,10 @@ def test_a_stranger_s_text_does_not_reach_the_terminal_raw(place, door):
     assert "\x1b" not in out and "\x07" not in out and "\\x1b]0;title\\x07\\nline" in out and len(out) < 600
 
 
-@pytest.mark.parametrize("entry", [{"shape": [2]}, {"dtype": "F32"}, {"dtype": "F32", "shape": ["x"]}])
+HUGE = {"dtype": "F32", "shape": [10**400]}  # more than a float
+
+
+@pytest.mark.parametrize("entry", [{"shape": [2]}, {"dtype": "F32"}, {"dtype": "F32", "shape": ["x"]}, HUGE])
 def test_a_damaged_entry_is_told(place, door, entry):
     header = json.dumps({"a": entry | {"data_offsets": [0, 8]}}).encode()
     (place / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))

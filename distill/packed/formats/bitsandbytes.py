@@ -81,7 +81,7 @@ def _scales(path: Path, key: str, weights: dict[str, Tensor], spec: dict[str, An
     block, offset = spec.get("nested_blocksize", 256), spec.get("nested_offset", 0.0)
     if outer is None or table is None or table.shape != (256,) or absmax.dtype != torch.uint8:
         raise _broken(path, key, "its nested scales are incomplete")
-    if type(block) is not int or block < 1 or not isinstance(offset, int | float):
+    if type(block) is not int or block < 1 or not isinstance(offset, int | float) or not abs(offset) < 1e38:
         raise _broken(path, key, f"its nested_blocksize is {block!r} and nested_offset {offset!r}")
     if outer.numel() != -(-absmax.numel() // block):
         raise _broken(path, key, f"{outer.numel()} nested scales for {absmax.numel()} scales in blocks of {block}")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from distill.header import CheckpointError
+from distill.header import CheckpointError, read_header
 from distill.packed.formats import check, read
 from distill.packed.weight import QuantizedWeight
 
@@ -143,6 +143,14 @@ CASES = {
     "nf4 without scales": (nf4(**{"weight.absmax": None}), "absmax is missing"),
     "nf4 without weight": (nf4(weight=None), "quant_state and no weight"),
     "nf4 with a short map": (nf4(**{"weight.quant_map": torch.ones(15)}), "quant_map is not 16 numbers"),
+    "nf4 with an offset that no float is": (
+        nf4(
+            spec={"nested_offset": 10**400},
+            **{"weight.absmax": torch.ones(2, dtype=torch.uint8), "weight.nested_absmax": torch.ones(1)},
+            **{"weight.nested_quant_map": torch.ones(256)},
+        ),
+        "nested_offset 1000",
+    ),
     "nf4 with half its nesting": (nf4(**{"weight.absmax": torch.ones(2, dtype=torch.uint8)}), "nested scales are"),
     # GGUF
     "gguf of four bytes": (b"GGUF", "its header wants 4 bytes"),
@@ -220,6 +228,32 @@ def test_refused_by_name(tmp_path, monkeypatch, name):
     line = str(e.value).splitlines()[0]
     assert line.startswith(str(path)) and line.endswith(".") and len(line) < 600
     assert not Path("executed").exists()
+
+
+MANY = 2_500_000
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ('{"a":{"dtype":"F32","shape":[' + "1," * MANY + '1],"data_offsets":[0,4]}}', "more entries than any model"),
+        ('{"__metadata__":{' + '"":"",' * (MANY // 2) + '"":""}}', "more entries than any model"),
+        ('{"a":' + "[" * MANY, "more entries than any model"),
+        (json.dumps({"__metadata__": {"text": '[1, "a\\"], ' * MANY}}), None),
+        (json.dumps({"a": F32 | {"shape": [10**4000] * 1000}}), "not a table of tensors"),
+        (json.dumps({"a": F32 | {"shape": [2**62] * 64}}), "not a table of tensors"),
+        (json.dumps({"a": F32 | {"shape": [1] * 65}}), "not a table of tensors"),
+    ],
+    ids=["numbers", "strings", "lists", "a long text", "endless numbers", "numbers to multiply", "dimensions"],
+)
+def test_a_header_is_bounded_before_anything_is_made_of_it(tmp_path, text, problem):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors(text.encode(), bytes(16)))
+    if problem is None:
+        assert len(read_header(path)["__metadata__"]["text"]) > MANY
+        return
+    with pytest.raises(CheckpointError, match=problem):
+        read_header(path)
 
 
 def test_missing_folder_and_unreadable(tmp_path):
