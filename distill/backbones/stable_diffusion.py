@@ -35,7 +35,8 @@ class StableDiffusion(Backbone):
         self.need_parts("text_encoder")
         length = self.tokenizer.model_max_length
         how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        ids = self.tokenizer(prompts, **how).input_ids.to(self.device)
+        with tokens.no_panic(self.name):
+            ids = self.tokenizer(prompts, **how).input_ids.to(self.device)
         with torch.no_grad():
             out = self.parts["text_encoder"](ids)
         cond = {"encoder_hidden_states": out.last_hidden_state}

@@ -14,7 +14,7 @@ import torch
 
 from ...distill.file.checkpoint import check_fit
 from ...distill.file.metadata import Metadata
-from ...distill.file.tokens import padding, parse, start_and_end
+from ...distill.file.tokens import no_panic, padding, parse, start_and_end
 from ...distill.layouts import Weights
 from ...distill.packed.weight import layers
 from .limits import require, sound
@@ -37,11 +37,12 @@ class TextModel(comfy.clip_model.CLIPTextModel):
 class Words:
     """The file's tokenizer as SDTokenizer wants it: called like one of transformers'."""
 
-    def __init__(self, inner):
-        self.inner = inner
+    def __init__(self, path: Path, inner):
+        self.path, self.inner = path, inner
 
     def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": self.inner.encode(text).ids}
+        with no_panic(self.path):
+            return {"input_ids": self.inner.encode(text).ids}
 
     def get_vocab(self) -> dict[str, int]:
         return self.inner.get_vocab()
@@ -59,7 +60,7 @@ def build_clip(
     activations: str = "auto",
 ) -> comfy.sd.CLIP:
     """HF-keyed CLIPTextModel weights -> CLIP; `embeddings` are the folders of textual inversions."""
-    words, length = Words(parse(path, meta)), meta.text_encoder["max_length"]
+    words, length = Words(path, parse(path, meta)), meta.text_encoder["max_length"]
     (start, end), pad = start_and_end(meta), padding(meta)
     config = meta.architecture["text_encoder"] | {"eos_token_id": end}  # where ComfyUI pools
     require(path, "CLIP", config, FIXED)

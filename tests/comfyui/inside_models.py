@@ -19,13 +19,15 @@ from inside_helpers import (
     error,
     four_bit,
     lowrank,
+    native,
     packed,
     quantized,
     rand,
+    read_header,
     rounding,
     weight,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def check_what_comfyuis_own_loaders_make_of_a_onestep_file():
@@ -35,6 +37,23 @@ def check_what_comfyuis_own_loaders_make_of_a_onestep_file():
         weights = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
         found[name] = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
     assert type(found["sd15"]).__name__ == "SD15" and found["tiny"] is None, found
+
+
+def check_a_tokenizer_that_panics_ends_a_prompt_not_the_server():
+    """A panic is no Exception: ComfyUI's thread would end at it, and no prompt would run again."""
+    source, path = FOLDER / "student.safetensors", FOLDER / "panics.safetensors"
+    strings = read_header(source)["__metadata__"]
+    words = json.loads(strings["text_encoder"])
+    words["tokenizer"]["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(z+)+$"}, "content": "z"}
+    save_file(load_file(source), path, strings | {"text_encoder": json.dumps(words)})
+    clip = native.load(path, [])[1]
+    clip.tokenize("a red ring")
+    try:
+        clip.tokenize("z" * 60 + "b")
+    except ValueError as e:
+        assert str(e).startswith(f"{path}: metadata 'text_encoder' has no sound tokenizer"), e
+    else:
+        raise AssertionError("it came to an end")
 
 
 def transformer(kind: str) -> tuple[dict, dict]:

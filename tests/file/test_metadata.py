@@ -135,6 +135,10 @@ def test_a_name_too_long_for_the_disk_is_one_line():
         read_metadata("x" * 300)
 
 
+DOUBLED = {"type": "Replace", "pattern": {"String": "z"}, "content": "zz"}  # no letter of the prompts it is tried on
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -143,6 +147,8 @@ def test_a_name_too_long_for_the_disk_is_one_line():
         lambda t: t["post_processor"].update({"single": []}),  # no start, no end
         lambda t: t["model"].update({"type": "Unheard"}),
         lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [DOUBLED] * 40}),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [BYTES] * 40}),
     ],
 )
 def test_a_tokenizer_that_does_not_serve_is_named(tmp_path, strings, change):
@@ -157,6 +163,20 @@ def test_a_tokenizer_that_does_not_serve_is_named(tmp_path, strings, change):
     checkpoint.write(path, checkpoint.pack(pipeline))
     with pytest.raises(CheckpointError, match=f"{path}: metadata 'text_encoder' has .* tokenizer"):
         load(path)
+
+
+def test_a_pattern_without_an_end_is_the_file_s_fault(tmp_path):
+    """The library panics at the first prompt that it goes on and on with."""
+    from distill.file import checkpoint
+
+    pipeline = tiny.pipeline(tiny.modules())
+    endless = {"type": "Replace", "pattern": {"Regex": "(z+)+$"}, "content": "z"}
+    pipeline.meta.text_encoder["tokenizer"]["normalizer"] = endless
+    path = checkpoint.write(tmp_path / "words.safetensors", checkpoint.pack(pipeline))
+    model = load(path)
+    assert model.encode(["a red ring"])
+    with pytest.raises(CheckpointError, match="words.safetensors: metadata 'text_encoder' has no sound tokenizer"):
+        model.encode(["z" * 60 + "b"])
 
 
 def test_the_tokenizers_own_padding_is_not_believed(tmp_path, strings):
