@@ -49,14 +49,14 @@ class Bench:
 
 def run(o: Bench) -> None:
     """Measure, print the table, write JSON. Raises CheckpointError for a file, ValueError for what cannot be."""
-    from ..checks import SEEDS, need, within
+    from ..checks import SEEDS, within
     from .console import bars, open_model, writable
 
     within(o, queries=(1, inf), batches=(1, inf), batch=(1, inf), warmup=(0, inf), steps=(1, inf), seed=SEEDS)
     within(o, size=(8, inf), threads=(1, inf))
-    for path in (o.out, *([o.plot] if o.plot else ())):
-        writable(path)
-    need(o.plot is None or o.plot.suffix.lower() == ".png", "plot", str(o.plot), "name a picture, such as bench.png")
+    writable(o.out, ending=".json")
+    if o.plot:
+        writable(o.plot, ending=".png")
     import torch
 
     from ..atomic import replace, write_beside

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..atomic import replace
 from ..checks import need
 
 if TYPE_CHECKING:
@@ -92,9 +94,10 @@ def open_model(name: str, device: str, base: str | None = None) -> Backbone:
     return adapted(load(base_of(base, held.base, f"{path} is a LoRA"), pick_device(device)), held, path)
 
 
-def writable(path: Path, *, folder: bool = False) -> None:
+def writable(path: Path, *, folder: bool = False, ending: str = "") -> None:
     """Raise ValueError where `path` cannot become a file, or a folder with files; nothing is made. A run that takes
-    hours asks this first."""
+    hours asks this first. ending: what its name ends with, so that figures are not written over a model."""
+    need(path.suffix.lower() == ending or not ending, "the output", str(path), f"name a {ending} file")
     if path.is_dir() and not folder:
         raise ValueError(f"{path} is a folder: name a file to write")
     if folder and path.exists() and not path.is_dir():
@@ -104,6 +107,12 @@ def writable(path: Path, *, folder: bool = False) -> None:
         raise ValueError(f"{path} cannot be written: {above} is a file")
     if not os.access(above, os.W_OK):
         raise ValueError(f"{path} cannot be written: no permission for {above}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write it whole, into a folder that need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def refuse_existing(path: Path, force: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from math import inf
@@ -84,6 +83,7 @@ def finish(o: Demo, teacher, about: dict) -> dict:
     from ..tutorial.demo import compare
     from ..tutorial.metrics import Judge, evaluate
     from ..tutorial.rows import print_table
+    from .console import write_json
 
     file = o.out / "student.safetensors"
     student = load(file, teacher.device)
@@ -92,10 +92,10 @@ def finish(o: Demo, teacher, about: dict) -> dict:
     rows["student, 1 step"] = evaluate(lambda p, g: student.sample(p, g).cpu(), Judge.load()).to_dict()
     times = compare(teacher, student, o.out / "comparison.png", o.seed)
     report = {"seed": o.seed, "minutes": o.minutes, "seconds_per_image": times, "rows": rows}
-    (o.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(o.out / "report.json", report)
     teacher.save_student(file, student.net, metrics={"1 step": rows["student, 1 step"]}, **about)
     print_table(rows)
     print(f"\n{o.out}/comparison.png shows the three side by side; {o.out}/report.json holds the figures.")
-    (o.out / "workflow.json").write_text(json.dumps(about["workflow"], indent=2) + "\n")
+    write_json(o.out / "workflow.json", about["workflow"])
     print(f"In ComfyUI: put {file} into models/diffusion_models, and drop it, or {o.out}/workflow.json, on the page.")
     return report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -50,27 +49,28 @@ class Eval:
     """With --prompts: pictures at once."""
     out: Path | None = None
     """Also write the figures to this JSON file."""
+    force: bool = False
+    """Overwrite `out` where it exists."""
     device: str = "auto"
 
 
 def run(o: Eval) -> dict[str, dict]:
     """Measure, print, return the figures. Raises CheckpointError for a file that is none of ours, ValueError for a
     model or a net that does not fit."""
-    from ..atomic import replace
     from ..checks import SEEDS, need, within
-    from .console import writable
+    from .console import refuse_existing, writable, write_json
 
     within(o, n=(16, inf), seeds=(1, inf), steps=(1, inf), guidance=(-inf, inf), seed=SEEDS, batch_size=(1, inf))
     if o.out:
-        writable(o.out)
+        writable(o.out, ending=".json")
+        refuse_existing(o.out, o.force)
     both = (o.reference is None) == (o.inception is None)
     need(both, "reference, inception", (o.reference, o.inception), "give both for FID and KID, or neither")
     alone = o.prompts is not None or (o.reference is None and o.clip is None)
     need(alone, "prompts", None, "--reference, --inception and --clip need --prompts to draw")
     found = in_general(o) if o.prompts is not None else in_the_tutorial(o)
     if o.out:
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        replace(o.out, (json.dumps(found, indent=2) + "\n").encode())
+        write_json(o.out, found)
     return found
 
 

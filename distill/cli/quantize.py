@@ -24,7 +24,7 @@ class QuantizeFile:
     report: Path | None = None
     """Also write the whole report, layer by layer, to this JSON file."""
     force: bool = False
-    """Overwrite `out` where it exists."""
+    """Overwrite `out` and `report` where they exist."""
 
 
 def run(o: QuantizeFile) -> None:
@@ -32,11 +32,13 @@ def run(o: QuantizeFile) -> None:
     from ..quantize.run import quantize_file
     from ..tutorial.bundled import find
     from ..tutorial.prompts import calibration_prompts
-    from .console import bars, refuse_existing, writable
+    from .console import bars, refuse_existing, writable, write_json
 
     source = find(o.source)
-    for path in filter(None, (o.out, o.report)):
-        writable(path)
+    writable(o.out)
+    if o.report:
+        writable(o.report, ending=".json")
+        refuse_existing(o.report, o.force)
     if not (o.out.exists() and source.exists() and o.out.samefile(source)):
         refuse_existing(o.out, o.force)
     logging.basicConfig(format="%(message)s")
@@ -48,5 +50,4 @@ def run(o: QuantizeFile) -> None:
         report = quantize_file(source, o.out, o.options, None, progress, prompts=calibration_prompts, force=o.force)
     print(report.table())
     if o.report:
-        o.report.parent.mkdir(parents=True, exist_ok=True)
-        report.save(o.report)
+        write_json(o.report, report.to_dict())

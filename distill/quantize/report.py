@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -65,10 +63,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return asdict(self) | {"bits_per_weight": self.bits_per_weight}
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> str:
         """A short table: choices and how many layers took them, then the totals."""
