@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 PREFIX = ".onestep-"
-"""folders of files that are being written: this, the process and some letters. Nothing in them has a model's ending, so
-that no list of models shows it."""
+"""folders of files that are being written: this, the process, its machine and some letters. Nothing in them has a
+model's ending, so that no list of models shows it."""
+HERE = f"{zlib.crc32(platform.node().encode()):08x}"
+"""this machine, among those that write into one folder: another's processes have numbers of their own"""
 OLD = "replaced.by"
 """in such a folder: what was at the place of the folder beside it"""
 DAY = 86_400
@@ -32,8 +36,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     folder = None
     try:
         clean(path.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=path.parent))
-        _mine.add(folder.name)
+        folder = _beside(path)
         temporary = folder / "new"
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -60,8 +63,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     A process that is killed between the two renames leaves both; `clean` then puts the new one in its place.
     """
     clean(path.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=path.parent))
-    _mine.add(folder.name)
+    folder = _beside(path)
     try:
         new = folder / path.name
         new.mkdir()
@@ -77,25 +79,32 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         _mine.discard(folder.name)
 
 
+def _beside(path: Path) -> Path:
+    """A new folder of this process beside a path."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}@{HERE}-", dir=path.parent))
+    _mine.add(folder.name)
+    return folder
+
+
 def clean(folder: Path) -> None:
     """Remove what processes that were killed while they wrote left in a folder, whatever library they wrote with. A
     whole folder whose place they had cleared already takes it."""
     for left in folder.glob(f"{PREFIX}*-*"):
-        pid = left.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdecimal() and left.name not in _mine and not _writing(int(pid), left):
+        pid, _, machine = left.name.removeprefix(PREFIX).partition("-")[0].partition("@")
+        if pid.isdecimal() and left.name not in _mine and not _writing(int(pid), machine, left):
             for whole in left.iterdir() if (left / OLD).exists() else ():
                 if whole.name != OLD and not (folder / whole.name).exists():
                     os.replace(whole, folder / whole.name)
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _writing(pid: int, folder: Path) -> bool:
+def _writing(pid: int, machine: str, folder: Path) -> bool:
     """Whether the process that made a folder may still be writing in it."""
-    if pid == os.getpid():
-        return False  # then it would be one of _mine: it is of an earlier process of this number
     try:
-        if os.name == "nt":  # where os.kill ends the process
+        if machine != HERE or os.name == "nt":  # where os.kill ends the process
             return time.time() - folder.stat().st_mtime < DAY
+        if pid == os.getpid():
+            return False  # then it would be one of _mine: it is of an earlier process of this number
         os.kill(pid, 0)
     except ProcessLookupError:
         return False

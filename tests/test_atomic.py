@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill.atomic import clean, replace, write_beside, write_folder
+from distill.atomic import HERE, clean, replace, write_beside, write_folder
 
 KILLED = """
 import os, signal, sys
@@ -52,11 +52,15 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
 
 
 def test_nothing_of_others_is_cleaned(tmp_path):
-    for name in (f".onestep-{os.getppid()}-alive_", ".onestep-notes", ".tmpX", "onestep-1-x"):
+    alive = (f".onestep-{os.getppid()}@{HERE}-alive_", ".onestep-4194305@elsewhere-another_machine_s")
+    for name in (*alive, ".onestep-notes", ".tmpX", "onestep-1-x"):
         (tmp_path / name).mkdir()
     before = names(tmp_path)
     clean(tmp_path)
     assert names(tmp_path) == before
+    os.utime(tmp_path / alive[1], (0, 0))
+    clean(tmp_path)
+    assert names(tmp_path) == [name for name in before if name != alive[1]]
 
 
 def test_a_save_inside_a_save_stays(tmp_path):

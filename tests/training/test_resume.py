@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from small_runs import TINY, assert_same, batches, build, contents, run
 
+from distill.atomic import HERE
 from distill.training import store
 from distill.training.loop import train
 
@@ -252,8 +253,9 @@ def test_an_unreadable_checkpoint_is_passed_over(tmp_path):
     run("copy", tmp_path / "b")
     newest, older = store.checkpoints(tmp_path / "b" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:1000])
-    (newest.parent / ".onestep-4194305-left_").mkdir()  # no system numbers its processes so high
-    (newest.parent / ".onestep-4194305-left_" / ".tmpXYZ").write_bytes(b"by a kill")
+    left = newest.parent / f".onestep-4194305@{HERE}-left_"  # no system numbers its processes so high
+    left.mkdir()
+    (left / ".tmpXYZ").write_bytes(b"by a kill")
     with pytest.warns(UserWarning, match=newest.name):
         assert run("copy", tmp_path / "b", resume=True).step == 12
     assert_same(tmp_path / "a", tmp_path / "b")
