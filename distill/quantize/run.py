@@ -51,8 +51,8 @@ def quantize_file(
     """
     options, out, started = options or Quantize(), Path(out), time.monotonic()
     progress = progress or (lambda done, total, what: None)
-    options = checked(Path(source), out, options, force)
     source = open_source(source)
+    options = checked(source, out, options, force)
     parts = ("unet", "text") if options.text_encoder or source.part("")[0] == "text" else ("unet",)
     plan = layers_of(source, parts, options.group_size, options.keep)
     chosen = [layer for layer, why in plan.items() if why == ""]
@@ -84,10 +84,10 @@ def quantize_file(
     return report
 
 
-def checked(source: Path, out: Path, options: Quantize, force: bool) -> Quantize:
+def checked(source: Source, out: Path, options: Quantize, force: bool) -> Quantize:
     """The options, with the format that the name of `out` asks for. Raises QuantError where name and format differ or
-    out is the source, FileExistsError where it is there."""
-    if out.exists() and source.exists() and out.samefile(source):
+    out is the source, or a file of its folder; FileExistsError where it is there."""
+    if out.exists() and any(map(out.samefile, {e.file for e in source.entries.values()})):
         raise QuantError(f"{out} is the source itself: name another file to write")
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists: overwrite it with force, or name another file")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -76,6 +77,14 @@ def test_nothing_good_is_overwritten(student, tmp_path, caplog, monkeypatch):
     pytest.importorskip("gguf")
     quantize_file(source, tmp_path / "x.gguf", Quantize())
     assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF" and "written as gguf:Q4_0" in caplog.text
+
+
+def test_a_file_of_the_source_s_folder_is_the_source(tmp_path):
+    unet = tiny.stable_diffusion(tmp_path / "sd") / "unet/diffusion_pytorch_model.safetensors"
+    dense = unet.read_bytes()
+    with pytest.raises(QuantError, match="is the source itself: name another file"):
+        quantize_file(tmp_path / "sd", unet, force=True)
+    assert unet.read_bytes() == dense
 
 
 def test_weights_that_are_not_finite_are_named(student, tmp_path):
