@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,13 @@ def open_pipeline(path: Path, dtype: torch.dtype) -> Any:
         if isinstance(part, nn.Module) and (lacking := [k for k, p in part.named_parameters() if p.is_meta]):
             raise CheckpointError(f"{path}: its {name} lacks {lacking[0]!r}. Download it again.")
     return pipe
+
+
+def takes_loras(pipelines: Iterable[str]) -> bool:
+    """Whether some of diffusers' pipelines has `load_lora_weights`."""
+    import diffusers
+
+    return any(hasattr(getattr(diffusers, name), "load_lora_weights") for name in pipelines)
 
 
 def read_ours(path: Path) -> Metadata | None:

@@ -23,6 +23,9 @@ from .base import Backbone
 from .patch import PatchAutoencoder
 from .skeleton import skeleton
 
+V_BY = ldm.UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+"""By the spread of this weight ComfyUI tells the two predictions of 2.x."""
+
 
 class StableDiffusion(Backbone):
     """Conditions: {"encoder_hidden_states": (B, L, D)}, and "class_labels" (B, P) where the net takes pooled text."""
@@ -94,13 +97,19 @@ class StableDiffusion(Backbone):
         tells v prediction of 2.x by the size of one weight, and of 1.x not at all."""
         self.need_parts("text_encoder")
         text = self.parts["text_encoder"]
-        if text.config.hidden_act == "gelu":
+        second = text.config.hidden_act == "gelu"
+        if second:
             words = ldm.longer(text_to_openclip(dict(text.state_dict())))
             texts, predictions = {f"cond_stage_model.model.{k}": v for k, v in words.items()}, ("eps", "v")
         else:
             texts = {TEXT + k: v for k, v in text_to_ldm(dict(text.state_dict())).items()}
             predictions = ("eps",)
-        return ldm.checkpoint_weights(self, net, texts, predictions)
+        weights = ldm.checkpoint_weights(self, net, texts, predictions)
+        found = weights[V_BY].float().std(correction=0) > 0.09 if V_BY in weights else False
+        if second and bool(found) != (self.meta.prediction == "v"):
+            taken = f"by {V_BY} ComfyUI's own loader takes it for {'v' if found else 'eps'}"
+            raise CheckpointError(f"{self.name}: its prediction is {self.meta.prediction}; {taken}. Export a folder.")
+        return weights
 
 
 def empty(part: str, meta: Metadata, path: str | Path) -> nn.Module:

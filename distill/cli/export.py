@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -35,6 +36,8 @@ class Export:
     """Of a LoRA that is made of full weights; what is left of the difference is told."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Of the weights. Default: float16, and float32 for a LoRA."""
+    figures: Path | None = None
+    """What `distill eval --out` wrote of this model, for the card and the metadata."""
     force: bool = False
     """Overwrite `out`."""
 
@@ -52,12 +55,13 @@ def run(o: Export) -> Path:
     import torch
 
     dtype = getattr(torch, o.dtype) if o.dtype else None
+    figures = {"metrics": read_figures(o.figures)} if o.figures else {}
     if o.format.startswith("lora"):
-        written = write_lora(o, dtype or torch.float32)
+        written = write_lora(o, dtype or torch.float32, figures)
     else:
         model = open_model(o.model, "cpu", o.base)
         save = {"onestep": model.save, "comfy": model.save_comfy, "diffusers": model.save_folder}[o.format]
-        how = {"dtype": dtype} if dtype else {}
+        how = figures | ({"dtype": dtype} if dtype else {})
         if o.format == "onestep" and model.meta.guidance.get("baked"):
             how["workflow"] = model.graph(o.out, "")
         written = save(o.out, model.net, **how)
@@ -65,9 +69,21 @@ def run(o: Export) -> Path:
     return written
 
 
-def write_lora(o: Export, dtype: torch.dtype) -> Path:
+def read_figures(path: Path) -> dict[str, Any]:
+    """What `distill eval --out` wrote. Raises ValueError where it is something else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: no figures of `distill eval --out`. Measure the model again.")
+    return found
+
+
+def write_lora(o: Export, dtype: torch.dtype, figures: dict[str, Any]) -> Path:
     """A LoRA of a LoRA, under other names, or of full weights."""
     from ..backbones import FAMILIES, family, load
+    from ..backbones.folder import takes_loras
     from ..file import lora
     from ..header import CheckpointError
     from ..tutorial.bundled import find
@@ -83,6 +99,9 @@ def write_lora(o: Export, dtype: torch.dtype) -> Path:
     kind = held.said["family"]
     if o.format == "lora" and not (kind in FAMILIES and family(kind).comfy_loras):
         raise CheckpointError(f"{path}: ComfyUI's LoraLoader knows no {kind!r}. Export it as lora-diffusers.")
+    if o.format == "lora-diffusers" and not takes_loras(FAMILIES[kind][1] if kind in FAMILIES else []):
+        raise CheckpointError(f"{path}: diffusers' pipelines of {kind!r} take no LoRA. Export it as diffusers.")
+    held = replace(held, said=held.said | {name: json.dumps(v) for name, v in figures.items()})
     named = {"lora": lora.comfy_names, "lora-diffusers": lora.peft_names}[o.format]
     return lora.write(o.out, held, named, dtype)
 

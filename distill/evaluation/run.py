@@ -23,6 +23,7 @@ from .figures import Gaussian, clip_score, diversity, frechet, gaussian, kid
 Told = Callable[[str, float], None]
 GROUPS, PER_GROUP = 16, 8
 """Diversity: so many prompts, and pictures of each."""
+KID = "polynomial kernel, degree 3; 100 subsets of at most 1000"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -130,6 +131,7 @@ class Measure:
         scale = m.meta.guidance.get("scale") if how.get("guidance") is None else how["guidance"]
         baked = bool(m.meta.guidance.get("baked"))
         net = next(m.net.parameters())
+        by = "CLIP" if self.clip else "Inception" if self.inception else None
         return {
             "model": m.name,
             "sampler": {"steps": steps, "solver": "its own" if baked else "dpm++", "guidance": scale, "baked": baked},
@@ -138,9 +140,9 @@ class Measure:
             "noise": {"seed": self.seed, "generator": "torch, CPU, one after the other", "batch": self.batch},
             "inception": {"resize": self.inception.protocol, "file": self.inception.about} if self.inception else None,
             "reference": self.real.about if self.real else None,
-            "kid": "polynomial kernel, degree 3; 100 subsets of at most 1000" if self.real else None,
+            "kid": None if not self.real or self.real.features is None else KID,
             "clip": {"how": self.clip.protocol, "folder": self.clip.about} if self.clip else None,
-            "diversity": f"1 - cos of {'CLIP' if self.clip else 'Inception'} features, {groups} x {PER_GROUP} pictures",
+            "diversity": f"1 - cos of {by} features, {groups} x {PER_GROUP} pictures" if by else None,
             "time": machine(m.device) | {"dtype": str(net.dtype), "median over": "batches but the first"},
         }
 

@@ -1,5 +1,6 @@
 """A LoRA student from the command line: trained, sampled, gone on with, and exported in every form."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,6 +205,34 @@ def test_a_lora_of_a_family_that_comfyui_does_not_know_is_refused_its_names(stud
     assert call("export", other, tmp_path / "l.safetensors", "--format", "lora") == 2
     assert "ComfyUI's LoraLoader knows no 'sana'. Export it as lora-diffusers" in capsys.readouterr().err
     assert call("export", other, tmp_path / "l.safetensors", "--format", "lora-diffusers") == 0
+
+
+def test_a_lora_of_a_family_that_diffusers_gives_none_is_refused_its_names(student, tmp_path, capsys):
+    held = lora.read(student)
+    other = lora.write(tmp_path / "p.safetensors", replace(held, said=held.said | {"family": "pixart"}))
+    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora-diffusers") == 2
+    assert "diffusers' pipelines of 'pixart' take no LoRA. Export it as diffusers" in capsys.readouterr().err
+    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora") == 0
+
+
+def test_figures_that_were_measured_go_with_every_form(folder, student, tmp_path, capsys):
+    base, figures, words = ["--base", folder / "sd"], tmp_path / "figures.json", folder / "prompts.txt"
+    measured = ["eval", "--model", student, *base, "--prompts", words, "--n", 16, "--device", "cpu", "--out", figures]
+    assert call(*measured) == 0
+    expected = json.loads(figures.read_text())
+    for form in ("onestep", "diffusers", "lora", "lora-diffusers"):
+        out = tmp_path / (form if form == "diffusers" else f"{form}.safetensors")
+        how = ["--format", form, "--figures", figures, *([] if "lora" in form else base)]
+        assert call("export", student, out, *how) == 0
+        if form == "diffusers":
+            assert load(out).meta.metrics == expected
+            assert f"| figures | {json.dumps(expected)} |" in (out / "README.md").read_text("utf-8")
+        else:
+            assert json.loads(read_header(out)["__metadata__"]["metrics"]) == expected
+    figures.write_text("[1]")
+    capsys.readouterr()
+    assert call("export", student, tmp_path / "x.safetensors", "--format", "lora", "--figures", figures) == 2
+    assert "figures.json: no figures of `distill eval --out`. Measure" in capsys.readouterr().err
 
 
 def test_a_lora_of_two_steps_keeps_their_times_and_its_base_lends_it_none(folder, student, tmp_path):

@@ -60,6 +60,8 @@ def of_true_size(name):
         larger = CLIPTextConfig(**CLIP_G, hidden_act="gelu", projection_dim=1280)
         parts["text_encoder_2"] = skeleton(lambda: CLIPTextModelWithProjection(larger))
         return SDXL(parts, None, META, name)
+    block = parts["unet"].up_blocks[-1].attentions[-1].transformer_blocks[0]
+    block.norm1.bias = torch.nn.Parameter(torch.zeros(320), False)  # ComfyUI reads it
     return StableDiffusion(parts, None, META, name)
 
 
@@ -103,6 +105,13 @@ def test_inside(results, check):
 
 
 def test_what_the_loader_would_call_wrong_is_refused():
+    second = of_true_size("sd2")
+    second.meta = replace(META, prediction="v")
+    with pytest.raises(CheckpointError, match="prediction is v; by .*norm1.bias ComfyUI's own loader takes it for eps"):
+        second.comfy_weights(second.net)
+    bias = second.net.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
+    bias[:160] = 0.3
+    second.comfy_weights(second.net)
     model = of_true_size("sd15")
     for change, told in (
         ({"prediction": "v"}, "its prediction is v; ComfyUI's own loader takes eps"),

@@ -144,10 +144,20 @@ def test_every_figure_comes_with_its_protocol_and_comes_again(nets, tmp_path, ca
     real = inception([Image.open(p) for p in sorted((nets / "real").iterdir())])
     stats = gaussian(real)
     np.savez(tmp_path / "real.npz", mu=stats.mean.numpy(), sigma=stats.cov.numpy())
-    again = measure(nets, tmp_path / "b.json", "--reference", tmp_path / "real.npz", "--batch-size", 5)["figures"]
+    other = measure(nets, tmp_path / "b.json", "--reference", tmp_path / "real.npz", "--batch-size", 5)
+    again = other["figures"]
     assert again["fid"] == pytest.approx(figures["fid"], rel=1e-3) and "kid" not in again
+    assert protocol["kid"] and other["protocol"]["kid"] is None and "CLIP" in other["protocol"]["diversity"]
     assert again["clip_score"] == pytest.approx(figures["clip_score"], rel=1e-3)
     assert again["diversity"] == pytest.approx(figures["diversity"], rel=1e-2)
+
+
+def test_the_protocol_names_no_figure_that_was_not_measured(nets, tmp_path):
+    words = ["eval", "--model", nets / "m.safetensors", "--prompts", nets / "prompts.txt", "--n", 16, "--device", "cpu"]
+    assert distill(*words, "--out", tmp_path / "a.json") == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found["figures"]) == {"n", "seconds_per_picture"}
+    assert [found["protocol"][name] for name in ("inception", "reference", "kid", "clip", "diversity")] == [None] * 5
 
 
 def test_resizing_is_pils_with_antialiasing(nets):
