@@ -83,6 +83,8 @@ class OneStepCompare(io.ComfyNode):
     def execute(cls, model_1, clip, vae, latent, prompts, names, seed, **more) -> io.NodeOutput:
         given = {k: m for k, m in sorted(({"model_1": model_1} | more).items()) if m is not None}
         rows = lines(prompts, "prompts")
+        for k, m in given.items():
+            check_latents(k, m.model.latent_format, model_1.model.latent_format)
         columns = [column(i, m, Caller(m, clip, cls.hidden, k), names) for i, (k, m) in enumerate(given.items())]
         bar = Bar(len(columns) * (len(rows) + 1))
         for c in columns:
@@ -97,6 +99,16 @@ class OneStepCompare(io.ComfyNode):
                 bar.step()
         report = "\n".join(f"{c.name}: {', '.join(c.facts())}" for c in columns)
         return io.NodeOutput(to_image(sheet(rows, columns)), report, ui=ui.PreviewText(report))
+
+
+def check_latents(name: str, found, first) -> None:
+    """Raise ValueError where latents (their LatentFormats) are not those of the first model, which its VAE reads."""
+    said, wanted = ((f.latent_channels, f.scale_factor) for f in (found, first))
+    if said != wanted:
+        raise ValueError(
+            f"{name}: its latents have {said[0]} channels, scaled by {said[1]:g}; those of model_1 {wanted[0]}, scaled "
+            f"by {wanted[1]:g}. One VAE decodes them all: compare models that share it."
+        )
 
 
 def column(i: int, model, caller: Caller, names: str) -> Column:

@@ -98,28 +98,12 @@ class OneStepTrainStudent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, teacher=None, folder=None, name=None) -> bool | str:
-        """What can be seen before anything runs: a teacher that is none, a name that leads away."""
-        try:
-            if name is not None:
-                target(name)
-            if folder and not Path(folder).is_dir():
-                return f"{folder}: no such folder. Give the path of a diffusers model, or leave it empty."
-            if teacher is not None and not folder:
-                made = read_metadata(locate(teacher)).method
-                if made != "teacher":
-                    return f"{teacher}: a student already, made by {made}. Choose what it was made of."
-        except CheckpointError as e:
-            return str(e)
-        return True
-
-    @classmethod
     def fingerprint_inputs(cls, teacher, folder="", **kwargs):
         return None if folder else fingerprint(teacher)
 
     @classmethod
     def execute(cls, teacher, minutes, name, training_seed, folder, prompts, batch_size) -> io.NodeOutput:
-        source, file, start = Path(folder) if folder else locate(teacher), target(name), time.monotonic()
+        source, file, start = origin(teacher, folder), target(name), time.monotonic()
         with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes without gradients
             stopped, steps = train(source, file, minutes, training_seed, prompts, batch_size)
         said = f"{file.name}: {steps} steps in {(time.monotonic() - start) / 60:.1f} minutes"
@@ -130,6 +114,19 @@ class OneStepTrainStudent(io.ComfyNode):
 
         parts = native.load(file, folder_paths.get_folder_paths("embeddings"))
         return io.NodeOutput(*parts, said, ui=ui.PreviewText(said))
+
+
+def origin(teacher: str, folder: str) -> Path:
+    """Where the teacher is. Raises CheckpointError for a folder that is not there, and for a student."""
+    if folder:
+        if not Path(folder).exists():
+            raise CheckpointError(f"{folder}: no such folder. Give the path of a diffusers model, or leave it empty.")
+        return Path(folder)
+    file = locate(teacher)
+    made = read_metadata(file).method
+    if made != "teacher":
+        raise CheckpointError(f"{teacher}: a student already, made by {made}. Choose what it was made of.")
+    return file
 
 
 def target(name: str) -> Path:

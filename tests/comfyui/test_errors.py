@@ -87,3 +87,18 @@ def test_a_prompt_of_another_clip_is_told_which_clip(client, folder):
     graph["other"] = node("OneStepLoadStudent", file="other.safetensors")
     graph["positive"]["inputs"]["clip"] = ["other", 1]
     assert "CLIP of the same" in client.run(graph).errors["sample"].splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"teacher": "student.safetensors"}, "student.safetensors: a student already, made by vsd. Choose what"),
+        ({"folder": "/nowhere"}, "/nowhere: no such folder. Give the path of"),
+        ({"name": "../out"}, "name '../out' leads out of"),
+    ],
+)
+def test_a_training_that_cannot_be_is_told_once(client, wrong, said):
+    given = {"teacher": "bundled: teacher", "minutes": 1.0, "name": "it", "training_seed": 0, "folder": ""} | wrong
+    graph = {"train": node("OneStepTrainStudent", prompts="", batch_size=4, **given)}
+    told = client.run(graph | {"report": node("PreviewAny", source=["train", 3])}).errors
+    assert list(told) == ["train"] and told["train"].startswith(said) and told["train"].count(said) == 1

@@ -37,6 +37,10 @@ def test_compare_names_what_is_wrong(client):
     stranger = {"strange": node("TestForeign", file="nameless")}
     assert "no OneStep recipe" in client.run(compared(model_1=["strange", 0]) | stranger).errors["compare"]
     assert "prompts is empty" in client.run(compared("\n", model_1=["load", 0])).errors["compare"]
+    other = {"other": node("OneStepLoadStudent", file="foreign.safetensors")}
+    bundled = {"bundled": node("OneStepLoadStudent", file="bundled: student")}
+    told = client.run(compared(model_1=["bundled", 0], model_3=["other", 0]) | other | bundled).errors["compare"]
+    assert "model_3: its latents have 8 channels" in told and "those of model_1 12" in told
 
 
 def test_benchmark_gives_table_plot_and_json(client):

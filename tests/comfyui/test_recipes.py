@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import SEED, load, save, scheduled
+from graphs import SEED, load, one_step, save, scheduled
 from safetensors.torch import save_file
 from server import node
 
@@ -91,5 +91,8 @@ def test_what_cannot_be_is_refused(client, files, recipe, said):
 
 
 def test_guidance_is_not_left_out_in_silence(client, files):
-    said = client.run(stranger("nameless", family="hyper-sdxl-cfg")).errors["sample"]
-    assert "Hyper-SD SDXL, guidance kept wants guidance (CFG 5)" in said and "CFGGuider" in said
+    ours = one_step("few-steps.safetensors")
+    ours["sample"]["inputs"]["family"] = "hyper-sdxl-cfg"
+    for graph in (stranger("nameless", family="hyper-sdxl-cfg"), ours):
+        said = client.run(graph).errors["sample"]
+        assert "Hyper-SD SDXL, guidance kept wants guidance (CFG 5)" in said and "CFGGuider" in said
