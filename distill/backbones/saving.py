@@ -180,7 +180,7 @@ def write(
         scheduler.save_pretrained(new / "scheduler")
         save_net(new / main, net, dtype)
         (new / OURS).write_text(json.dumps(meta.to_strings(), indent=1) + "\n", encoding="utf-8")
-        (new / "README.md").write_text(card(meta, index(new)["_class_name"]), encoding="utf-8")
+        (new / "README.md").write_text(card(meta, index(new)), encoding="utf-8")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_folder(path, fill)
@@ -228,8 +228,9 @@ def save_net(folder: Path, net: nn.Module, dtype: torch.dtype) -> None:
     write_beside(file, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
 
 
-def card(meta: Metadata, pipeline: str) -> str:
-    """README.md of a folder: what it is, what it was made of, and how it is called."""
+def card(meta: Metadata, held: dict[str, Any]) -> str:
+    """README.md of a folder with this index: what it is, what it was made of, and how it is opened and called."""
+    absent = "".join(f", {n}=None" for n, kind in held.items() if kind == [None, None] and n not in UNUSED)
     baked = meta.guidance.get("baked")
     call = ", ".join(f"{name}={value}" for name, value in how_to_call(meta).items())
     what = f"A student of {meta.teacher}, made by {meta.method}" if baked else "A model"
@@ -241,8 +242,8 @@ def card(meta: Metadata, pipeline: str) -> str:
             "---", "library_name: diffusers", f"license: {json.dumps(meta.license)}", "---", "",
             f"{what}, written by OneStep. Sample it with its own scheduler:", "",
             "```python", "from diffusers import DiffusionPipeline", "",
-            'pipe = DiffusionPipeline.from_pretrained("this folder")',
-            f'picture = pipe("a prompt", {call}).images[0]  # {pipeline}', "```", "",
+            f'pipe = DiffusionPipeline.from_pretrained("this folder"{absent})',
+            f'picture = pipe("a prompt", {call}).images[0]  # {held["_class_name"]}', "```", "",
             "| | |", "|---|---|", *table, "",
         ]
     )  # fmt: skip

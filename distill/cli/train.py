@@ -29,7 +29,7 @@ class Run:
     """Folder for student.safetensors (or student/, for a teacher without OneStep files, such as SDXL), log.csv,
     TensorBoard files, sheets of pictures and checkpoints."""
     teacher: str = "teacher"
-    """The bundled teacher, a OneStep file, or a folder of diffusers'."""
+    """The bundled teacher, a OneStep file, a folder of diffusers', or a model of the Hugging Face hub, org/model."""
     weak: str | None = None
     """A worse teacher of the same kind, for --autoguidance. Default: an early checkpoint of the bundled teacher."""
     init: str | None = None

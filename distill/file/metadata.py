@@ -99,7 +99,8 @@ class Metadata:
         if "onestep.version" not in strings:
             raise CheckpointError(
                 f"{path}: not a OneStep file: its metadata has no 'onestep.version'. "
-                "Open ordinary models with ComfyUI's own loaders; make OneStep files with `distill train`."
+                "Open ordinary models with ComfyUI's own loaders; as a teacher give a diffusers folder, which "
+                "from_single_file and save_pretrained make of it."
             )
         version = strings["onestep.version"]
         if version not in map(str, range(VERSION + 1)):

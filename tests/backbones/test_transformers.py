@@ -1,5 +1,6 @@
 """What only transformers have: encoders that are absent, sizes that are told, tokens. The rest is in test_families."""
 
+import re
 from dataclasses import replace
 
 import families
@@ -81,6 +82,18 @@ def test_sd3_with_its_t5_alone_and_with_nothing(folders, tmp_path):
         model.encode(PROMPTS)
     with pytest.raises(CheckpointError, match="holds no text_encoder."):
         load(tiny_transformers.without(folders["sd3"], tmp_path / "none", "", "_2", "_3")).encode(PROMPTS)
+
+
+@torch.no_grad()
+def test_the_card_opens_a_student_that_lacks_an_encoder(folders, tmp_path):
+    """diffusers wants to be told of it, and then draws what `sample` draws."""
+    model = load(tiny_transformers.without(folders["sd3"], tmp_path / "sd3", "_3"))
+    path = model.save_student(tmp_path / "s", model.net, dtype=torch.float32, method="vsd")
+    names, code = {}, re.search("```python\n(.*?)```", (path / "README.md").read_text("utf-8"), re.S)[1]
+    code = code.replace("this folder", str(path)).replace(", sigmas=", ", latents=z, output_type='pt', sigmas=")
+    z = randn(model.shape(1), generator())
+    exec(code, names | {"z": z}, names)  # noqa: S102
+    close(2 * names["picture"][None] - 1, load(path).sample(["a prompt"], generator()))
 
 
 def test_flux_reads_its_guidance_and_its_shift(folders):
