@@ -29,6 +29,7 @@ MODELS = {
 HELPERS = """
     import sys
     from importlib import import_module
+    from inspect import signature
     from pathlib import Path
 
     import comfy.model_management
@@ -75,8 +76,9 @@ HELPERS = """
 
         @classmethod
         def execute(cls, model):
-            other = model.clone(force_deepcopy=True)
-            assert other.model is not model.model
+            again = {"force_deepcopy": True} if "force_deepcopy" in signature(model.clone).parameters else {}
+            other = model.clone(**again)  # ComfyUI 0.12 cannot load again
+            assert not again or other.model is not model.model
             return io.NodeOutput(other)
 
     class Extension(ComfyExtension):

@@ -80,6 +80,7 @@ FILES = {
     "sd_turbo.safetensors": ("sd-turbo", 1),
     "sd_xl_turbo_1.0_fp16.safetensors": ("sdxl-turbo", 1),
     "sdxl_lightning_1step_x0.safetensors": ("sdxl-lightning-1step", 1),
+    "SDXL Lightning 1-step.safetensors": ("sdxl-lightning-1step", 1),
     "SDXL-Lightning/sdxl_lightning_2step_lora.safetensors": ("sdxl-lightning", 2),
     "juggernautXL_v9Rdphoto2Lightning.safetensors": ("sdxl-lightning", 4),
     "Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors": ("hyper-sdxl-1step", 1),
