@@ -18,6 +18,7 @@ from ..file.metadata import Metadata
 from ..file.workflow import student_graph
 from ..header import CheckpointError
 from ..layouts import Weights
+from ..packed.weight import narrowed
 from ..schedule import from_spec
 from .folder import HALF, OURS, PREDICTIONS, UNUSED, index
 
@@ -90,20 +91,26 @@ class Saving:
         OneStep file with a graph that opens it in ComfyUI; of a family without such files a diffusers folder; of a
         net with adapters a LoRA file, `base` being the name of the model that they add to, by default this one's.
         Returns where it is."""
-        student = {"steps": 1, "times": None, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
-        changes["guidance"] = {**self.meta.guidance, "baked": True, **changes.get("guidance", {})}
+        changes = self.student(**changes)
         if (adapters := adapters_of(net)) is not None:
-            meta = replace(self.meta, **student | changes)
+            meta = replace(self.meta, **changes)
             return lora.write(path, lora.of_student(adapters, base or self.name, self.main, meta))
         path = self.student_path(path)
         if not self.in_comfyui:
-            return self.save_folder(path, net, **student | changes)
-        return self.save(path, net, **student | {"workflow": self.graph(path, "")} | changes)
+            return self.save_folder(path, net, **changes)
+        return self.save(path, net, **{"workflow": self.graph(path, "")} | changes)
 
-    def check_student(self, **changes: Any) -> None:
-        """Raise CheckpointError where a student with these fields of Metadata could not be saved."""
-        if not self.in_comfyui:
-            scheduler_of(replace(self.meta, **changes))
+    def student(self, **changes: Any) -> dict[str, Any]:
+        """What of Metadata is another in a student of this model; see save_student."""
+        student = {"steps": 1, "times": None, "teacher": self.name, "metrics": {}, "quantization": None, "config": {}}
+        return student | changes | {"guidance": {**self.meta.guidance, "baked": True, **changes.get("guidance", {})}}
+
+    def check_student(self, lora: bool = False, **changes: Any) -> None:
+        """Raise CheckpointError where a student with these fields of Metadata, full or a LoRA, could not be saved."""
+        meta = replace(self.meta, **self.student(**changes))
+        meta.to_strings()
+        if not self.in_comfyui and not lora:
+            scheduler_of(meta)
 
     def student_path(self, path: str | Path) -> Path:
         """Where a student is saved: at the path; of a family without files, in a folder of its name without ending."""
@@ -220,10 +227,8 @@ def save_net(folder: Path, net: nn.Module, dtype: torch.dtype) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # a path of this machine
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {
-        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in net.state_dict().items()
-    }
-    weights = {k: v.contiguous() for k, v in weights.items()}
+    weights = {k: v.detach() for k, v in net.state_dict().items()}
+    weights = {k: (narrowed(v, dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in weights.items()}
     file = folder / "diffusion_pytorch_model.safetensors"
     write_beside(file, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
 

@@ -26,7 +26,7 @@ from ..header import CheckpointError
 from ..layouts import PREFIXES, Weights
 from ..packed import formats
 from ..packed.formats import Loaded
-from ..packed.weight import layers
+from ..packed.weight import layers, narrowed
 from .metadata import CURE, Metadata, read_metadata  # noqa: F401  (part of this module's face)
 
 
@@ -125,8 +125,8 @@ def write(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = 
 def store(path: str | Path, weights: Weights, strings: dict[str, str], dtype: torch.dtype | None = None) -> Path:
     """Write atomically (temporary file, fsync, rename): a reader sees the old file or the new one, never a half.
 
-    dtype: store floating-point weights so (torch.float16 halves the file); None keeps them as they are. What belongs to
-    quantized layers stays as it is.
+    dtype: store floating-point weights so (torch.float16 halves the file), but those it cannot hold; None keeps all as
+    they are. What belongs to quantized layers stays as it is.
     """
     from safetensors.torch import save_file
 
@@ -134,7 +134,7 @@ def store(path: str | Path, weights: Weights, strings: dict[str, str], dtype: to
     for key, value in weights.items():
         layer, _, name = key.rpartition(".")
         cast = dtype is not None and value.is_floating_point() and (layer not in quantized or name == "bias")
-        stored[key] = value.detach().to("cpu", dtype if cast else value.dtype).contiguous()
+        stored[key] = (narrowed(value.detach(), dtype) if cast else value.detach()).cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, lambda temporary: save_file(stored, temporary, strings))
     return path

@@ -275,6 +275,11 @@ def group_for(channels: int, group_size: int) -> int | None:
     return above[0] if above else divisors[-1] if divisors else None
 
 
+def narrowed(t: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """The same numbers in `dtype`; as they are where that cannot hold them."""
+    return t.to(dtype) if not t.numel() or t.abs().max() <= torch.finfo(dtype).max else t
+
+
 def layers(keys: Mapping[str, Any]) -> list[str]:
     """The names of all layers in a state dict that carry a mark."""
     return [k.removesuffix("." + MARK) for k in keys if k.endswith("." + MARK)]

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from ..packed.weight import QuantizedWeight, from_matrix, to_matrix
+from ..packed.weight import QuantizedWeight, from_matrix, narrowed, to_matrix
 from .awq import scale_input, scale_of, taps
 from .calibrate import LayerStats, output_error
 from .rounding import clip
@@ -55,7 +55,7 @@ def _branch(
     rest, found = w, []
     for _ in range(ROUNDS):
         up, down = factors(rest * size, rank, generator)
-        up, down = _half(up), _half(down / size)
+        up, down = narrowed(up), narrowed(down / size)
         branch = up.float() @ down.float()
         q = clip(from_matrix(w - branch, tuple(weight.shape)), bits, group, rows)
         coded = q.matrix()
@@ -78,8 +78,3 @@ def factors(w: Tensor, rank: int, generator: Generator, oversample: int = 8, ste
     u, s, v = torch.linalg.svd(basis.t() @ w, full_matrices=False)
     root = s[:rank].sqrt()
     return basis @ u[:, :rank] * root, root[:, None] * v[:rank]
-
-
-def _half(t: Tensor) -> Tensor:
-    """fp16, or fp32 where that would overflow."""
-    return t.half() if t.abs().max() <= 65504 else t

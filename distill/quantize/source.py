@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..header import CheckpointError, read_header
-from ..packed.weight import MARK, group_for
+from ..packed.weight import MARK, group_for, narrowed
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -231,7 +231,7 @@ def layers_of(source: Source, parts: tuple[str, ...], group_size: int, keep: tup
 
 def as_stored(t: Tensor) -> Tensor:
     """What stays dense: fp32 as fp16 where that holds it, else as it is."""
-    return t.half() if t.dtype == torch.float32 and t.numel() and t.abs().max() <= 65504 else t
+    return narrowed(t) if t.dtype == torch.float32 else t
 
 
 def relative(a: Tensor, b: Tensor) -> float:

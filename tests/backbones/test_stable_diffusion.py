@@ -87,6 +87,18 @@ def test_a_student_of_a_folder_is_a_file_that_draws_the_same(folder, tmp_path):
     torch.testing.assert_close(student.sample(PROMPTS, generator()), before, rtol=1e-4, atol=1e-4)
 
 
+def test_numbers_that_half_precision_does_not_hold_are_saved_as_they_are(tmp_path):
+    """A net of norms may draw well with weights beyond 65504: as halves they would be infinite, its pictures NaN."""
+    model = load(tiny.stable_diffusion(tmp_path / "sd"))
+    with torch.no_grad():
+        model.net.down_blocks[0].resnets[0].conv1.weight.mul_(1e7)
+    for path in (tmp_path / "student.safetensors", tmp_path / "student"):
+        (model.save_folder if not path.suffix else model.save)(path, model.net)
+        saved = load(path).net.state_dict()
+        assert saved["down_blocks.0.resnets.0.conv1.weight"].abs().max() > 65504
+        assert all(v.isfinite().all() for v in saved.values())
+
+
 def test_folders_that_are_none_are_told(tmp_path):
     with pytest.raises(CheckpointError, match="no model_index.json in it. Give a diffusers folder"):
         load(tmp_path)

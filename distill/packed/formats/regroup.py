@@ -13,10 +13,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..weight import QuantizedWeight, pack_nibbles
+from ..weight import QuantizedWeight, narrowed, pack_nibbles
 from .ggml import Groups
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ def entries(key: str, shape: tuple[int, ...], groups: Groups, told: Told) -> dic
         return in_rows(groups, shape, k // group).to_tensors(key.removesuffix(".weight"))
     if not TABLE.search(key):
         told.dense.append(key)
-    w = dense(groups, shape)
-    return {key: w.half() if w.abs().amax() < torch.finfo(torch.float16).max else w}
+    return {key: narrowed(dense(groups, shape))}
 
 
 def in_rows(groups: Groups, shape: tuple[int, ...], per_row: int) -> QuantizedWeight:
