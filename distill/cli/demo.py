@@ -37,12 +37,13 @@ def run(o: Demo) -> dict:
     """Run the demo and return what report.json holds. Raises FileExistsError for a folder that holds a run."""
     from ..backbones import load
     from ..backbones.base import weaker
-    from ..checks import need
+    from ..checks import SEEDS, need, within
     from ..tutorial.bundled import find
     from ..tutorial.demo import LAW, stages
     from ..tutorial.prompts import speaks
     from .console import bars, open_teacher, refuse_run, writable
 
+    within(o, seed=SEEDS)
     need(0 < o.minutes < inf, "minutes", o.minutes, "a time, above 0")
     need(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), ONE)
     writable(o.out, folder=True)

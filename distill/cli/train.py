@@ -110,8 +110,7 @@ def train(o: Run) -> Path:
     about = {"method": o.method, "t_in": t_in, "guidance": guidance, "config": plain(o)}
     if o.form.student_then:
         about |= {"steps": 1 + len(o.form.student_then), "times": [t_in, *o.form.student_then]}
-    if o.form.student == "full":
-        teacher.check_student(**about)
+    teacher.check_student(lora=o.form.student == "lora", **about)
     if teacher.in_comfyui:
         about["workflow"] = teacher.graph(file, prompts and prompts[0])
     step = None
@@ -208,7 +207,8 @@ def identity(o: Run, t_in: float) -> dict[str, Any]:
     coach = ("coach", "rank", "alpha", "targets")
     fixed = {name: getattr(o.options, name) for name in coach if hasattr(o.options, name)} | asdict(o.form)
     fixed = {name: list(v) if isinstance(v, tuple) else v for name, v in fixed.items()}
-    names = {name: Path(p).name if (p := getattr(o, name)) else None for name in ("teacher", "init", "weak")}
+    files = ("teacher", "init", "weak", "prompts")
+    names = {name: Path(p).name if (p := getattr(o, name)) else None for name in files}
     return {**names, "t_in": t_in, **fixed}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapters import Folded
 from ..header import LORA, CheckpointError, read_header
+from ..packed import formats
 from .checkpoint import store
 from .metadata import Metadata
 
@@ -72,9 +73,8 @@ def write(path: str | Path, held: LoraFile, named: Named | None = None, dtype: t
 
 def read(path: str | Path) -> LoraFile:
     """Read and check. Raises CheckpointError for what is no LoRA that OneStep wrote."""
-    from safetensors.torch import load_file
-
-    strings = read_header(path).get("__metadata__", {})
+    loaded = formats.read(path)
+    strings, tensors = loaded.metadata, loaded.weights
     for name in (LORA, "base", "part", "rank", "alpha", *FIELDS):
         if name not in strings:
             raise CheckpointError(f"{path}: no sound LoRA of OneStep: its metadata lacks {name!r}. {CURE}")
@@ -82,7 +82,7 @@ def read(path: str | Path) -> LoraFile:
         rank, alpha = int(strings["rank"]), float(strings["alpha"])
     except ValueError:
         raise CheckpointError(f"{path}: metadata 'rank' or 'alpha' is no number. {CURE}") from None
-    prefix, tensors = f"{strings['part']}.", load_file(path)
+    prefix = f"{strings['part']}."
     layers = {n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")}
     pairs = {f"{n}.lora_{way}.weight" for n in layers for way in "AB"}
     if tensors.keys() != pairs or not all(n.startswith(prefix) for n in layers) or not (rank > 0 and 0 < alpha < 1e6):

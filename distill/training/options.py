@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from ..checks import need, positive, within
+from ..checks import SEEDS, need, positive, within
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         need(self.steps is not None or self.minutes is not None, "steps", None, "give steps or minutes")
         within(self, steps=(1, inf), accumulate=(1, inf), log_every=(1, inf), save_every=(1, inf), keep=(1, inf))
-        within(self, sheet_every=(1, inf))
+        within(self, sheet_every=(1, inf), seed=SEEDS)
         within(self, lr_warmup=(0, inf), weight_decay=(0, inf), decay_from=(0, 1), lr_end=(0, 1))
         need(self.ema is None or 0 <= self.ema < 1, "ema", self.ema, "0 or more, below 1")
         need(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "0 or more, below 1")

@@ -189,6 +189,9 @@ def test_a_lora_of_another_model_or_damaged_is_told(student, tmp_path, capsys):
             lora.read(tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match="lacks 'onestep.lora'"):
         lora.read(other)
+    (tmp_path / "bad.safetensors").write_bytes(student.read_bytes().replace(b'"F32"', b'"X32"', 1))
+    with pytest.raises(CheckpointError, match="bad.safetensors: damaged: .*unknown variant"):
+        lora.read(tmp_path / "bad.safetensors")
 
 
 def test_what_cannot_be_written_is_told_in_a_line(folder, student, tmp_path, capsys):
