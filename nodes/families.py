@@ -14,6 +14,8 @@ from ..distill.recipes.recipe import Recipe, find, of_file, recipes
 from .recipe import KEY, FewStepSampler, levels, patched
 
 AUTO = "auto"
+CHOSEN = "onestep.chosen"
+"""what OneStepRecipe attaches to its MODEL: (recipe, steps), for nodes behind it that ask for no family"""
 HIDDEN = [io.Hidden.unique_id, io.Hidden.dynprompt]
 FOLDERS = ("checkpoints", "diffusion_models", "loras")
 ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -63,12 +65,14 @@ def prepare(model: ModelPatcher, family: str = AUTO, steps: int = 0, hidden=None
     hidden: a node's, with its id and the graph. Raises ValueError naming the cure where no recipe is known, where the
     MODEL is of another architecture, or for a number of steps it does not take.
     """
-    meta = model.get_attachment(KEY)
+    meta, chosen = model.get_attachment(KEY), model.get_attachment(CHOSEN)
     base = type(model.model.model_config).__name__
     if family != AUTO:
         recipe, why = recipes()[family], "chosen"
         usual = named_steps(recipe, base, hidden)
         check_base(recipe, base)
+    elif chosen is not None:
+        (recipe, usual), why = chosen, "what OneStep Recipe says"
     elif meta is not None:
         recipe, why = of_file(meta), "what its file says"
         usual = 1 if least and meta.method == "teacher" else recipe.steps
@@ -94,8 +98,8 @@ def search(names: list[str], base: str) -> tuple[Recipe, str, int]:
     if found is None:
         seen = f"The files it comes from are {', '.join(names)}. " if names else ""
         raise ValueError(
-            f"This MODEL has no OneStep recipe. {seen}Choose its family on the node, load it with OneStep Load "
-            "Student if it is a OneStep file, or sample it with KSampler instead."
+            f"This MODEL has no OneStep recipe. {seen}Choose its family, here or on a OneStep Recipe before this node, "
+            "load it with OneStep Load Student if it is a OneStep file, or sample it with KSampler instead."
         )
     return found
 

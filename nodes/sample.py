@@ -9,7 +9,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from .families import AUTO, HIDDEN, family_input, prepare, say, seed_input, steps_input
+from .families import AUTO, CHOSEN, HIDDEN, family_input, prepare, say, seed_input, steps_input
 from .recipe import KEY, recipe
 
 CATEGORY = "OneStep"
@@ -68,7 +68,7 @@ class OneStepSample(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, seed, family=AUTO, steps=0) -> io.NodeOutput:
         ready = prepare(model, family, steps, cls.hidden, least=True)
-        if ready.recipe.guidance != 1 and (family != AUTO or model.get_attachment(KEY) is None):
+        if ready.recipe.guidance != 1 and (ready.recipe.name != "onestep" or model.get_attachment(KEY) is None):
             raise ValueError(
                 f"{ready.recipe.title} wants guidance (CFG {ready.recipe.guidance:g}), which this node has not. Use "
                 "OneStep Recipe with CFGGuider and SamplerCustomAdvanced."
@@ -153,7 +153,9 @@ class OneStepRecipe(io.ComfyNode):
     def execute(cls, model, family=AUTO, steps=0) -> io.NodeOutput:
         ready = prepare(model, family, steps, cls.hidden)
         say(ready.said, cls.hidden)
-        return io.NodeOutput(ready.model, ready.sampler, ready.sigmas, ui=ui.PreviewText(ready.said))
+        told = ready.model.clone()
+        told.set_attachments(CHOSEN, (ready.recipe, len(ready.sigmas) - 1))
+        return io.NodeOutput(told, ready.sampler, ready.sigmas, ui=ui.PreviewText(ready.said))
 
 
 class OneStepSchedule(io.ComfyNode):

@@ -33,6 +33,20 @@ def test_compare_draws_a_column_for_each_model_from_the_same_noise(client):
     assert [e for e in run.events if e == ("progress", "compare")]
 
 
+def test_a_recipe_before_it_says_how_a_model_is_called(client):
+    graph = compared(model_1=["one", 0], model_2=["four", 0], model_3=["turbo", 0])
+    graph |= {n: node("OneStepRecipe", model=["load", 0], steps=k) for n, k in (("one", 1), ("four", 4))}
+    graph |= {
+        "strange": node("TestForeign", file="nameless"),
+        "load": node("OneStepLoadStudent", file="student.safetensors"),
+    }
+    graph["turbo"] = node("OneStepRecipe", model=["strange", 0], family="sd-turbo", steps=2)
+    run = client.run(graph)
+    assert not run.errors, run.errors
+    steps = [line.split(": ")[1].split(",")[0] for line in run.outputs["compare"]["text"][0].splitlines()]
+    assert steps == ["1 step", "4 steps", "2 steps"]
+
+
 def test_compare_names_what_is_wrong(client):
     stranger = {"strange": node("TestForeign", file="nameless")}
     assert "no OneStep recipe" in client.run(compared(model_1=["strange", 0]) | stranger).errors["compare"]
