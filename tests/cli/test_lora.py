@@ -202,20 +202,21 @@ def test_what_cannot_be_written_is_told_in_a_line(folder, student, tmp_path, cap
     assert "diffusers does not know its autoencoder" in capsys.readouterr().err
 
 
-def test_a_lora_of_a_family_that_comfyui_does_not_know_is_refused_its_names(student, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "family, refused, says, taken",
+    [
+        ("sana", "lora", "ComfyUI's LoraLoader knows no 'sana'. Export it as lora-diffusers", "lora-diffusers"),
+        ("pixart", "lora-diffusers", "diffusers' pipelines of 'pixart' take no LoRA. Export it as diffusers", "lora"),
+    ],
+)
+def test_a_lora_is_refused_the_names_of_a_program_that_takes_none(
+    student, tmp_path, capsys, family, refused, says, taken
+):
     held = lora.read(student)
-    other = lora.write(tmp_path / "s.safetensors", replace(held, said=held.said | {"family": "sana"}))
-    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora") == 2
-    assert "ComfyUI's LoraLoader knows no 'sana'. Export it as lora-diffusers" in capsys.readouterr().err
-    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora-diffusers") == 0
-
-
-def test_a_lora_of_a_family_that_diffusers_gives_none_is_refused_its_names(student, tmp_path, capsys):
-    held = lora.read(student)
-    other = lora.write(tmp_path / "p.safetensors", replace(held, said=held.said | {"family": "pixart"}))
-    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora-diffusers") == 2
-    assert "diffusers' pipelines of 'pixart' take no LoRA. Export it as diffusers" in capsys.readouterr().err
-    assert call("export", other, tmp_path / "l.safetensors", "--format", "lora") == 0
+    other = lora.write(tmp_path / "s.safetensors", replace(held, said=held.said | {"family": family}))
+    assert call("export", other, tmp_path / "l.safetensors", "--format", refused) == 2
+    assert says in capsys.readouterr().err
+    assert call("export", other, tmp_path / "l.safetensors", "--format", taken) == 0
 
 
 def test_figures_that_were_measured_go_with_every_form(folder, student, tmp_path, capsys):
