@@ -25,14 +25,19 @@ def make_optimizer(options: TrainOptions, params: list[nn.Parameter], lr: float)
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """What an optimiser keeps of its parameters: "0/exp_avg" and so on; numbers as tensors."""
+    """What an optimiser keeps of its parameters: "0/exp_avg" and so on; numbers as tensors. Each has memory of its own,
+    as a file wants it: of bitsandbytes' tables, which parameters share, there are copies."""
+    seen: set[int] = set()
 
     def walk(tree: Mapping, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, v in tree.items():
             if isinstance(v, Mapping):
                 yield from walk(v, f"{name}{key}/")
             else:
-                yield f"{name}{key}", v if isinstance(v, Tensor) else torch.tensor(v)
+                v = v if isinstance(v, Tensor) else torch.tensor(v)
+                shares = v.numel() > 0 and v.data_ptr() in seen
+                seen.add(v.data_ptr())
+                yield f"{name}{key}", v.clone() if shares else v
 
     return dict(walk(optimizer.state_dict()["state"], ""))
 

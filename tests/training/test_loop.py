@@ -16,8 +16,10 @@ from distill.backbones import load
 from distill.methods.sds import SDSOptions
 from distill.methods.vsd import VSDOptions
 from distill.student import StudentOptions
+from distill.training import store
 from distill.training.batches import prompt_batches
 from distill.training.loop import seeded, train
+from distill.training.optimizers import state_tensors
 from distill.training.options import TrainOptions
 from distill.training.state import Run
 from distill.training.students import train_student
@@ -194,6 +196,19 @@ def test_moments_of_eight_bits_are_resumed(tmp_path):
     run("regression", tmp_path / "halted", options, stop=6)
     run("regression", tmp_path / "halted", options, resume=True)
     assert_same(tmp_path / "straight", tmp_path / "halted")
+
+
+def test_what_parameters_share_of_an_optimiser_is_saved_for_each(tmp_path):
+    """bitsandbytes' tables of eight-bit numbers."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer, table = torch.optim.AdamW(params), torch.arange(4.0)
+    for p in params:
+        optimizer.state[p] = {"step": 3, "qmap1": table, "state1": torch.rand(2)}
+    kept = state_tensors(optimizer)
+    store.save(tmp_path, 3, kept, {}, keep=1)
+    again = store.load(tmp_path)[0]
+    assert again.keys() == {f"{i}/{name}" for i in (0, 1) for name in ("step", "qmap1", "state1")}
+    assert all(torch.equal(again[name], v) for name, v in kept.items()) and torch.equal(again["1/qmap1"], table)
 
 
 def test_an_optimiser_that_is_not_installed_is_named(monkeypatch):
