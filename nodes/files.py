@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -43,11 +44,16 @@ def place(folder: str) -> str:
     return next((p for p in paths if Path(p).name == folder), paths[0])
 
 
-def check_length(path: Path) -> None:
-    """Raise CheckpointError where a name in a path to be written is longer than file systems take."""
+def check_target(path: Path) -> None:
+    """Raise CheckpointError where a file cannot come to a path: for its name, or for a folder that is read only. What
+    takes minutes asks this first."""
     for part in path.parts:
-        if len(part.encode()) > LONGEST:
-            raise CheckpointError(f"{part[:40]}...: a name of {len(part)} characters. Give one below {LONGEST - 20}.")
+        if len(part.encode()) > LONGEST or "\0" in part:
+            size = f"a name of {len(part.encode())} bytes" if "\0" not in part else "a name with a zero byte"
+            raise CheckpointError(f"{part[:40]!r}...: {size}. Give one below {LONGEST - 20}, of letters.")
+    above = next(p for p in path.absolute().parents if p.is_dir())
+    if not os.access(above, os.W_OK):
+        raise CheckpointError(f"{above}: read only. Make it writable, or give ComfyUI another folder.")
 
 
 def fingerprint(file: str | None, folders: tuple[str, ...] = DIFFUSION) -> tuple | None:

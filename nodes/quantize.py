@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 
 from ..distill.file.metadata import read_metadata
 from ..distill.header import CheckpointError, read_header
-from .files import BUNDLED, DIFFUSION, TEXT, check_length, choices, fingerprint, locate, place
+from .files import BUNDLED, DIFFUSION, TEXT, check_target, choices, fingerprint, locate, place
 
 if TYPE_CHECKING:
     from ..distill.quantize.calibrate import LayerStats
@@ -228,7 +228,7 @@ def target(file: str, name: str) -> Path:
     root = Path(place(folder_of(source)))
     name = name.strip() or f"{Path(file.removeprefix('bundled: ')).with_suffix('')}-4bit"
     out = root / (name.removesuffix(".safetensors") + ".safetensors")
-    check_length(out)
+    check_target(out)
     if not out.resolve().is_relative_to(root.resolve()):
         raise CheckpointError(f"name {name!r} leads out of {root}. Give a name without '..'.")
     if out.is_file():

@@ -9,7 +9,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..distill.header import CheckpointError
-from .files import check_length
+from .files import check_target
 
 
 class OneStepSaveStudent(io.ComfyNode):
@@ -49,7 +49,7 @@ class OneStepSaveStudent(io.ComfyNode):
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         try:
             if filename_prefix is not None:
-                check_length(Path(f"{filename_prefix}_00001_.safetensors"))
+                check_target(Path(folder_paths.get_output_directory()) / f"{filename_prefix}_00001_.safetensors")
         except CheckpointError as e:
             return str(e)
         return True

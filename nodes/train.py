@@ -18,7 +18,7 @@ from comfy_api.latest import io, ui
 
 from ..distill.file.metadata import read_metadata
 from ..distill.header import CheckpointError
-from .files import BUNDLED, DIFFUSION, check_length, choices, fingerprint, locate, place
+from .files import BUNDLED, DIFFUSION, check_target, choices, fingerprint, locate, place
 
 if TYPE_CHECKING:
     from ..distill.backbones.base import Backbone
@@ -134,7 +134,7 @@ def target(name: str) -> Path:
     root = Path(place("diffusion_models"))
     stem = name.strip().removesuffix(".safetensors") or "my-student"
     file, number = root / f"{stem}.safetensors", 1
-    check_length(file)
+    check_target(file)
     if not file.resolve().is_relative_to(root.resolve()):
         raise CheckpointError(f"name {name!r} leads out of {root}. Give a name without '..'.")
     while file.exists():

@@ -1,5 +1,6 @@
 """Checks of inside.py: OneStepTrainStudent, as ComfyUI calls it: in inference mode, with Cancel, without packages."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -119,9 +120,19 @@ def check_what_is_missing_is_one_line():
             sys.modules.pop(package)
             if held is not None:
                 sys.modules[package] = held
+    for name, says in (("../../out", "leads out of"), ("a\0b", "a zero byte"), ("\u2603" * 90, "a name of 282 bytes")):
+        refused(name, says)
+    access, os.access = os.access, lambda path, mode: False
     try:
-        train.target("../../out")
+        refused("new", "read only. Make it writable")
+    finally:
+        os.access = access
+
+
+def refused(name: str, says: str):
+    try:
+        train.target(name)
     except ValueError as e:
-        assert "leads out of" in str(e)
+        assert says in str(e), e
     else:
-        raise AssertionError("a name led out of the folder")
+        raise AssertionError(f"{name!r} was no problem")
