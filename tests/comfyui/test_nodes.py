@@ -14,7 +14,7 @@ from graphs import PROMPT, SEED, ksampler, one_step, scheduled
 from safetensors.torch import save_file
 from server import PACK, environment, node
 
-from distill import denoiser, sample, schedule
+from distill import bundled, denoiser, load, sample, schedule
 from distill.file.metadata import read_metadata
 
 
@@ -199,6 +199,21 @@ def test_prompt_weights_work(client):
     graph = one_step("student.safetensors")
     graph["positive"]["inputs"]["text"] = "a small (red:1.5) ring"
     assert (latent_of(client, graph) - latent_of(client, one_step("student.safetensors"))).abs().max() > 1e-3
+
+
+def test_a_textual_inversion_that_is_a_word_s_own_vector_is_that_word(server, client):
+    student = load(bundled("student"))
+    red = student.meta.text_encoder["tokenizer"]["model"]["vocab"]["red"]
+    vector = student.parts["text_encoder"].get_input_embeddings().weight[red : red + 1].detach().clone()
+    (server.base / "models/embeddings").mkdir(exist_ok=True)
+    save_file({"emb_params": vector}, server.base / "models/embeddings/scarlet.safetensors")
+    drawn = []
+    for word in ("red", "embedding:scarlet", "embedding:nowhere"):
+        graph = one_step("bundled: student")
+        graph["positive"]["inputs"]["text"] = f"a small {word} ring"
+        drawn.append(latent_of(client, graph))
+    close(drawn[1], drawn[0])
+    assert (drawn[2] - drawn[0]).abs().max() > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------ manners
