@@ -125,5 +125,5 @@ def _dataset(name: str) -> Iterator[Row]:
     except Exception as e:  # of many kinds: no network, no such name, no such split, a gate
         reason = (str(e) or type(e).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"{name}: neither a file, nor a dataset that can be had: {reason}. {instead}.") from None
-    words = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
+    words = [name for name, kind in rows.features.items() if "string" in str(getattr(kind, "dtype", ""))]
     yield from enumerate(rows.select_columns(words), 1)

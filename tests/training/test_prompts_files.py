@@ -66,11 +66,12 @@ def test_a_folder_and_an_absent_file_are_told(tmp_path):
             read_prompts(tmp_path / name if "/" not in name else name)
 
 
-def test_a_name_without_a_file_is_a_dataset(monkeypatch):
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_a_name_without_a_file_is_a_dataset(monkeypatch, kind):
     """The library itself is not needed for the tests: it gives rows with columns, or fails."""
 
     class Rows(list):
-        features = {"image": types.SimpleNamespace(), "text": types.SimpleNamespace(dtype="string")}
+        features = {"image": types.SimpleNamespace(), "text": types.SimpleNamespace(dtype=kind)}
 
         def select_columns(self, names):
             return [{name: row[name] for name in names} for row in self]
