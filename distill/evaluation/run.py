@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from torch import Generator, Tensor
 from ..backbones.base import Backbone
 from ..backbones.drawing import to_pil
 from ..bench import machine
+from ..methods.base import Told
+from ..training.batches import PICTURES
 from .extractors import Clip, Inception, digest
 from .figures import Gaussian, clip_score, diversity, frechet, gaussian, kid
 
-Told = Callable[[str, float], None]
 GROUPS, PER_GROUP = 16, 8
 """Diversity: so many prompts, and pictures of each."""
 KID = "polynomial kernel, degree 3; 100 subsets of at most 1000"
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)

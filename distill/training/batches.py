@@ -43,7 +43,7 @@ def prompt_batches(
     return batches
 
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def image_batches(
