@@ -146,9 +146,11 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def extracted(before: nn.Module, after: nn.Module, rank: int) -> tuple[Folded, float]:
     """Adapters that make a net of another as nearly as their rank can, by singular values, zeros where a layer has
-    fewer; and what is left of the difference, as a share of its norm, weights that take no adapters included."""
+    fewer and no more than the largest has; and what is left of the difference, as a share of its norm, weights that
+    take no adapters included."""
     tensors: dict[str, Tensor] = {}
     old, takes = dict(before.named_parameters()), adaptable(after)
+    rank = min(rank, max((min(m.weight.flatten(1).shape) for m in takes.values()), default=1))
     total = left = 0.0
     for name, p in after.named_parameters():
         difference = (p - old[name]).detach().float()

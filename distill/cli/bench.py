@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(o: Bench) -> None:
     from .console import bars, open_model, writable
 
     within(o, queries=(1, inf), batches=(1, inf), batch=(1, inf), warmup=(0, inf), steps=(1, inf), seed=SEEDS)
-    within(o, size=(8, inf), threads=(1, inf))
+    within(o, size=(8, inf), threads=(1, os.cpu_count() or 1))  # of very many OpenMP dies without a word
     writable(o.out, ending=".json")
     if o.plot:
         writable(o.plot, ending=".png")

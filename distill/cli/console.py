@@ -76,7 +76,7 @@ def base_of(base: str | None, name: str, why: str) -> Path:
     for path in map(bundled, BUNDLED):
         if path.name == name:
             return path
-    raise ValueError(f"{why}: give the model it was made of, {name}, as --base")
+    raise ValueError(f"{why}: give the model it was made of{name and f', {name},'} as --base")
 
 
 def open_model(name: str, device: str, base: str | None = None) -> Backbone:

@@ -114,5 +114,5 @@ def extract(o: Export, before: torch.nn.Module, after: torch.nn.Module) -> Folde
     if ours != theirs:
         raise ValueError(f"{o.model}: another architecture than its base's: give the model it was made of as --base")
     found, left = extracted(before, after, o.rank)
-    print(f"rank {o.rank} leaves {left:.1%} of the difference")
+    print(f"rank {found.rank} leaves {left:.1%} of the difference")
     return found

@@ -85,7 +85,8 @@ def read(path: str | Path) -> LoraFile:
     prefix = f"{strings['part']}."
     layers = {n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")}
     pairs = {f"{n}.lora_{way}.weight" for n in layers for way in "AB"}
-    if tensors.keys() != pairs or not all(n.startswith(prefix) for n in layers) or not (rank > 0 and 0 < alpha < 1e6):
+    sound = tensors.keys() == pairs and all(n.startswith(prefix) for n in layers) and rank > 0 and 0 < alpha < 1e6
+    if not sound or any(v.ndim < 2 or v.shape[n.endswith(".lora_B.weight")] != rank for n, v in tensors.items()):
         raise CheckpointError(f"{path}: damaged: it does not hold pairs of tensors for its {strings['part']}. {CURE}")
     adapters = Folded({n.removeprefix(prefix): v.float() for n, v in tensors.items()}, rank, alpha)
     said = {name: strings[name] for name in (*FIELDS, TIMES) if name in strings}

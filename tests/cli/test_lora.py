@@ -170,6 +170,7 @@ def test_full_weights_become_a_lora(folder, tmp_path, capsys):
         how = ["--format", "lora-diffusers", "--rank", rank, "--base", folder / "sd", "--force"]
         assert call("export", full, out, *how) == 0
         left.append(float(capsys.readouterr().out.partition("leaves ")[2].partition("%")[0]))
+    assert lora.read(out).adapters.rank < 1024, "no more than a layer has"
     assert 10 < left[0] < 100 and left[1] < left[0] / 2
     ours, theirs = picture(open_model(str(out), "cpu", str(folder / "sd"))), picture(load(full))
     plain = picture(load(folder / "sd"))
@@ -189,6 +190,11 @@ def test_a_lora_of_another_model_or_damaged_is_told(student, tmp_path, capsys):
             lora.read(tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match="lacks 'onestep.lora'"):
         lora.read(other)
+    wider = {n: torch.cat([v, v]) if n.endswith("lora_A.weight") else v for n, v in tensors.items()}
+    for odd in (wider, {n: v.flatten() for n, v in tensors.items()}):
+        save_file(odd, tmp_path / "bad.safetensors", strings)
+        with pytest.raises(CheckpointError, match="does not hold pairs"):
+            lora.read(tmp_path / "bad.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(student.read_bytes().replace(b'"F32"', b'"X32"', 1))
     with pytest.raises(CheckpointError, match="bad.safetensors: damaged: .*unknown variant"):
         lora.read(tmp_path / "bad.safetensors")
