@@ -140,12 +140,14 @@ def quiet() -> Iterator[None]:
 
 def describe(path: Path, pipe: Any, spec: dict[str, Any], prediction: str) -> dict[str, Any]:
     """Fields of Metadata that a pipeline knows; steps and guidance are its call's own defaults. Raises CheckpointError
-    for a net that takes more than a latent."""
+    for a net that takes more than a latent, and latents that are scaled otherwise."""
     vae, call = pipe.vae.config, inspect.signature(pipe.__call__).parameters
     unet = pipe.components.get("unet")
     if unet is not None and unet.config.in_channels != vae.latent_channels:
         takes = f"its unet takes {unet.config.in_channels} channels, its vae makes {vae.latent_channels}"
         raise CheckpointError(f"{path}: {takes}: made for inpainting or editing, of which there is no teacher here.")
+    if vae.get("latents_mean") is not None:
+        raise CheckpointError(f"{path}: its vae normalises each channel of latents (latents_mean), unknown here.")
     card = path / "README.md"
     licence = re.search(r"^license: *(\S+)", card.read_text("utf-8", "replace"), re.M) if card.is_file() else None
     latent = {"channels": vae.latent_channels, "scale": vae.scaling_factor, "shift": vae.get("shift_factor") or 0.0}

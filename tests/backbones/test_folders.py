@@ -87,6 +87,13 @@ def test_noise_levels_that_are_not_known_are_told(folder, key, value):
         load(folder)
 
 
+def test_latents_that_are_scaled_otherwise_are_told(folder):
+    file = folder / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}))
+    with pytest.raises(CheckpointError, match="its vae normalises each channel of latents"):
+        load(folder)
+
+
 def test_a_net_for_inpainting_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="its unet takes 9 channels, its vae makes 4: made for inpainting"):
         load(tiny.stable_diffusion(tmp_path / "sd", unet={"in_channels": 9}))
