@@ -36,6 +36,8 @@ from .rules import (
 SIZE, DEPTH, HEADS, SIDE = whole(1, 1 << 16), whole(1, 1 << 16), whole(1, 4096), whole(1, 2048)
 BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 SHIFT = number(1e-3, 1e3)
+PIXELS = 4096
+"""a side of the pictures that a file is for: what is drawn where nobody says a size"""
 SCHEDULES = {
     "ddpm": {
         "beta_start": number(1e-9, 0.99),
@@ -76,6 +78,8 @@ UNET = table(
         "dropout": number(0, 1),
         "mid_block_scale_factor": SHIFT,
         "resnet_out_scale_factor": SHIFT,
+        "class_embed_type": one_of(None, "projection"),
+        "num_class_embeds": one_of(None),
         "projection_class_embeddings_input_dim": maybe(SIZE),
     },
     ("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim"),
@@ -203,6 +207,9 @@ def agree(meta: Any) -> None:
     for key, value in unet.items():
         if isinstance(value, list | tuple) and key != "sample_size":
             same(f"the length of architecture.unet.{key}", len(value), "block_out_channels", levels)
+    side = unet.get("sample_size") or 1
+    pixels = latent["factor"] * max(side if isinstance(side, list | tuple) else (side,))
+    need(pixels <= PIXELS, "architecture.unet.sample_size", side, f"that of a picture of {PIXELS} pixels a side")
     if rgb is not None:
         same("the length of latent.rgb_factors", len(rgb), "latent.channels", latent["channels"])
     if vae is not None:

@@ -25,8 +25,10 @@ ORIGINAL = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF: the true shape of a tensor that was stored as rows of 256"""
 LARGEST = 1 << 31
 """numbers in a tensor"""
-MOST = 1 << 20
-"""tensors and metadata values; real files have thousands"""
+MOST = 1 << 16
+"""tensors and metadata values; real files have thousands, and a million take a minute to read"""
+WORDS = 1 << 20
+"""strings in an array: vocabularies have up to 300,000"""
 LONGEST = 1 << 26
 """bytes of a string: OneStep's metadata holds tokenizers"""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -86,7 +88,7 @@ class Cursor:
         if inner in _SCALARS:
             raw = self.bytes(count * struct.calcsize(_SCALARS[inner]))
             return struct.unpack(f"<{count}{_SCALARS[inner]}", raw) if count <= 16 else None
-        if count > 1 << 22:
+        if count > WORDS:
             raise broken(self.path, f"its metadata has an array of {count} values at {self.at}")
         for _ in range(count):
             self.value(inner, depth + 1)
