@@ -7,12 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distill.adapters import Lora
 from distill.backbones import load
+from distill.backbones.adapted import adapted
 from distill.backbones.base import Backbone
 from distill.backbones.flux import Flux
-from distill.backbones.saving import how_to_call
+from distill.backbones.folder import takes_loras
+from distill.backbones.saving import how_to_call, scheduler_of
 from distill.cli import console, main
 from distill.denoiser import guided
+from distill.file import lora
 from distill.methods.vsd import VSDOptions
 from distill.sample import solve
 from distill.schedule import randn
@@ -130,6 +134,26 @@ def test_its_folder_is_a_pipeline_that_draws_what_it_draws(teacher, tmp_path, mo
         close(families.ask(pipe, z, PROMPTS, **how) * 2 - 1, ours)
     text = " ".join(f.read_text() for f in path.rglob("*") if f.suffix in (".json", ".md"))
     assert str(tmp_path) not in text and "vsd" in (path / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_diffusers_adds_a_lora_student_s_file_and_draws_the_same(folder, teacher, tmp_path):
+    """The file as it is trained, on every layer that the family adapts; PixArt's pipelines take none."""
+    made = Lora(teacher.net, rank=2, targets=teacher.lora_targets(), generator=generator())
+    for p in made.parameters():
+        p += 0.05 * torch.randn(p.shape, generator=generator(p.numel()))
+    path = teacher.save_student(tmp_path / "l.safetensors", made.module, method="vsd")
+    student, pipe = adapted(teacher, lora.read(path), path), pipeline(folder)
+    assert hasattr(pipe, "load_lora_weights") == takes_loras([type(pipe).__name__]) == ("PixArt" not in str(type(pipe)))
+    if not takes_loras([type(pipe).__name__]):
+        return
+    pipe.scheduler = scheduler_of(student.meta)
+    pipe.load_lora_weights(path)
+    z = randn(student.shape(2), generator())
+    theirs = families.ask(pipe, z, PROMPTS, **how_to_call(student.meta), output_type="pt") * 2 - 1
+    close(student.decode(student.latents(z, student.encode(PROMPTS))), theirs)
+    plain = student.decode(teacher.wrap(teacher.net)(z, torch.ones(2), teacher.encode(PROMPTS)))
+    assert not torch.allclose(plain, theirs, atol=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- training
