@@ -277,7 +277,8 @@ def group_for(channels: int, group_size: int) -> int | None:
 
 def narrowed(t: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     """The same numbers in `dtype`; as they are where that cannot hold them."""
-    return t.to(dtype) if not t.numel() or t.abs().max() <= torch.finfo(dtype).max else t
+    wider = t.itemsize < dtype.itemsize  # float8, of which torch has no abs
+    return t.to(dtype) if wider or not t.numel() or t.abs().max() <= torch.finfo(dtype).max else t
 
 
 def layers(keys: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from distill.backbones import load
 from distill.backbones.base import weaker
 from distill.denoiser import guided
 from distill.header import CheckpointError
+from distill.packed.weight import narrowed
 from distill.sample import few_step, one_step, solve
 from distill.schedule import randn
 from distill.training.batches import image_batches
@@ -97,6 +98,7 @@ def test_numbers_that_half_precision_does_not_hold_are_saved_as_they_are(tmp_pat
         saved = load(path).net.state_dict()
         assert saved["down_blocks.0.resnets.0.conv1.weight"].abs().max() > 65504
         assert all(v.isfinite().all() for v in saved.values())
+    assert narrowed(torch.ones(2).to(torch.float8_e4m3fn)).dtype == torch.float16
 
 
 def test_folders_that_are_none_are_told(tmp_path):
