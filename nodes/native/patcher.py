@@ -132,9 +132,23 @@ class Patcher(ModelPatcher):
 
     # ------------------------------------------------------------------------------------------ saving
 
+    def state_dict_for_saving(self, clip_state_dict=None, vae_state_dict=None, clip_vision_state_dict=None):
+        """As ComfyUI from 0.22 on; older ones do not ask for what is below, and 0.12.0 leaves CLIP and VAE out."""
+        unet = self.model_state_dict_for_saving(self.model.diffusion_model, "diffusion_model.")
+        return self.model.state_dict_for_saving(unet, clip_state_dict, vae_state_dict, clip_vision_state_dict)
+
+    def _dense_for_saving(self) -> dict:
+        """What ComfyUI before 0.22 makes of the diffusion model, caught where it hands it on."""
+        self.model.state_dict_for_saving = lambda sd, *_, **__: sd
+        try:
+            return super().state_dict_for_saving()
+        finally:
+            del self.model.state_dict_for_saving
+
     def model_state_dict_for_saving(self, model=None, prefix=""):
         """Quantized layers as a file holds them: LoRA in the low-rank branch, dense where other patches are."""
-        sd = super().model_state_dict_for_saving(model, prefix)
+        stock = getattr(super(), "model_state_dict_for_saving", None)
+        sd = stock(model, prefix) if stock else self._dense_for_saving()
         for key, layer in self.quantized():
             if not key.startswith(prefix):
                 continue

@@ -6,9 +6,11 @@ from pathlib import Path
 import comfy.model_management as mm
 import comfy.sd
 import torch
+from comfy.model_patcher import ModelPatcher
 from inside_helpers import (
     CPU,
     FOLDER,
+    STATIC,
     TOLERANCE,
     call,
     error,
@@ -36,6 +38,8 @@ def check_the_same_numbers_as_the_dense_file():
     q, d = pair()
     assert len(list(q[0].quantized())) > 60 and len(list(q[1].patcher.quantized())) >= 12
     assert error(image(*q), image(*d)) < TOLERANCE
+    if not STATIC:  # ComfyUI 0.12 cannot load again
+        return
     again = native.load(FOLDER / "inside-4.safetensors", [])[0].clone(force_deepcopy=True)  # for a second GPU
     assert type(again) is type(q[0]) and error(image(again, q[1]), image(*d)) < 0.1
 
@@ -103,4 +107,4 @@ def check_saved_files_load_again():
         assert error(image(again, clip), expected) < 1e-4
         assert torch.equal(image(*q), plain)
         text = [k for k in weight.layers(sd) if k.startswith("cond_stage_model.")]
-        assert bool(text) == packed_layers
+        assert bool(text) == (packed_layers or not hasattr(ModelPatcher, "model_state_dict_for_saving"))

@@ -204,7 +204,9 @@ def check_unets_that_stock_detection_misses():
 
 def check_formats_of_comfyui_s_own():
     sd, inputs = transformer("sd3")
-    for fmt in ("int8_tensorwise", "float8_e4m3fn", "nvfp4", "convrot_w4a4"):
+    known = [f for f in ("int8_tensorwise", "float8_e4m3fn", "nvfp4", "convrot_w4a4") if f in QUANT_ALGOS]
+    assert len(known) == 4 or not STATIC  # ComfyUI 0.12 knows fewer
+    for fmt in known:
         stock, mixed = {}, {}
         for key, w in sd.items():
             fits = key.endswith(".weight") and w.ndim == 2 and w.shape[1] % 64 == w.shape[0] % 16 == 0
