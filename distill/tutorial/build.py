@@ -6,6 +6,7 @@ on from before its learning rate fell. Minutes are those of one core that the bu
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +24,16 @@ from ..backbones.base import weaker
 from ..backbones.patch import PatchAutoencoder
 from ..file import checkpoint
 from ..file.workflow import student_graph
+from ..methods.vsd import VSDOptions
+from ..training.options import TrainOptions
+from ..training.students import train_student
 from . import autoencoder, demo, features, text
 from . import judge as judges
 from . import teacher as teachers
 from .bundled import ASSETS
 from .fit import half_convolutions
 from .metrics import Judge, evaluate, evaluate_seeds, known
+from .prompts import shape_batches
 from .rows import floors, under_law
 
 PARTS = ("judge", "features", "autoencoder", "decoder", "text", "teacher", "student", "measure")
@@ -57,7 +62,9 @@ class Build:
 TRIAL = 256  # pictures behind the choice among the teacher's averages
 WEAK = 0.45  # of the teacher's time: when the checkpoint for autoguidance is kept
 MINUTES = {"judge": 6.0, "features": 6.0, "autoencoder": 28.0, "decoder": 10.0, "text": 1.5, "teacher": 100.0}
-MINUTES |= {"student": 34.0, "measure": 0.0}
+MINUTES |= {"student": 96.0, "measure": 0.0}
+STAGED = 0.35  # of the student's time: the demo's stages
+SETTLING = {"lr": 5e-5, "coach_steps": 2}
 
 
 def run(o: Build) -> None:
@@ -194,12 +201,18 @@ def pack_weak(o: Build, minutes: float) -> Path:
 
 
 def make_student(o: Build, minutes: float) -> None:
-    """The bundled student is the demo's, given more time."""
+    """The bundled student is the demo's, given more time, then settled: at half the rate, with a coach twice as fast,
+    which follows the student's spread where a slower one lets it shrink."""
     teacher, weak = load(o.assets / "teacher.safetensors"), load(o.assets / "weak.safetensors")
-    how = {"minutes": minutes, "seed": o.seed, "weak": weaker(teacher, weak)}
+    how = {"weak": weaker(teacher, weak), "resume": True}
+    vsd = VSDOptions(**demo.LAW, **SETTLING, coach="copy", coach_warmup=200)
+    time_left = (1 - STAGED) * minutes
+    training = TrainOptions(steps=None, minutes=time_left, seed=o.seed + 11, ema=0.998, decay_from=0.4)
     with half_convolutions():
-        *_, last = demo.stages(teacher, o.work / "student", resume=(o.work / "student").exists(), **how)
-    about = {"method": "vsd", "config": demo.LAW | {"minutes": minutes, "seed": o.seed}}
+        *_, last = demo.stages(teacher, o.work / "student", minutes=STAGED * minutes, seed=o.seed, **how)
+        batches, net = shape_batches(teacher, demo.BATCH), copy.deepcopy(last.ema)
+        *_, last = train_student(teacher, vsd, batches, training, o.work / "student" / "settled", net=net, **how)
+    about = {"method": "vsd", "config": demo.LAW | SETTLING | {"minutes": minutes, "seed": o.seed}}
     about["workflow"] = student_graph("bundled: student")  # the name it has in ComfyUI's list
     teacher.save_student(o.assets / "student.safetensors", last.ema, **about)
 
