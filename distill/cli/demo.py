@@ -40,6 +40,7 @@ def run(o: Demo) -> dict:
     from ..checks import SEEDS, need, within
     from ..tutorial.bundled import find
     from ..tutorial.demo import LAW, stages
+    from ..tutorial.fit import half_convolutions
     from ..tutorial.prompts import speaks
     from .console import bars, open_teacher, refuse_run, writable
 
@@ -64,7 +65,10 @@ def run(o: Demo) -> dict:
     step = None
     how = {"minutes": o.minutes, "seed": o.seed, "coach": o.coach, "weak": weak, "resume": o.resume}
     try:
-        with bars() as told:
+        with (
+            bars() as told,
+            half_convolutions(None if teacher.device.type == "cpu" else False),
+        ):  # half again as many steps
             for latest in stages(teacher, o.out, **how, told=told):
                 step = latest
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from ..checks import need, positive, within
-from ..denoiser import Denoiser, guided
+from ..denoiser import Denoiser, autoguided, guided
 from ..losses import regression
 from ..sample import Generate
 from .base import Batches, Method, Net, Parts, Phase, Told
@@ -30,6 +30,10 @@ class RegressionOptions:
 
     guidance: float = 1.5
     """Guidance of the teacher that makes the pairs; best for the tutorial teacher."""
+    guidance_until: float = 1.0
+    """Guide only at t up to this; as VSD's."""
+    autoguidance: float = 1.0
+    """Guidance away from a weaker teacher; as VSD's."""
     solver: Literal["dpm++", "ddim"] = "dpm++"
     """dpm++ at 8 steps equals ddim at about 10 in the tutorial world."""
     solver_steps: int = 8
@@ -42,7 +46,14 @@ class RegressionOptions:
     """Learning rate of the student (tutorial world)."""
 
     def __post_init__(self) -> None:
-        within(self, guidance=(-inf, inf), solver_steps=(1, inf), pairs=(1, inf))
+        within(
+            self,
+            guidance=(-inf, inf),
+            guidance_until=(0, 1),
+            autoguidance=(-inf, inf),
+            solver_steps=(1, inf),
+            pairs=(1, inf),
+        )
         need(self.pairs is not None or self.pairs_minutes is not None, "pairs", None, "give pairs or pairs_minutes")
         positive(self, "lr", "pairs_minutes")
 
@@ -50,8 +61,8 @@ class RegressionOptions:
         """The method, with the guided teacher that makes its pairs. Raises ValueError for a student of more steps."""
         calls = len(parts.student.times)
         need(calls == 1, "calls", calls, "1: pairs teach one call; give what this makes to vsd as --init")
-        teacher = guided(parts.make(parts.net.requires_grad_(False)), self.guidance, parts.null)
-        return Regression(self, parts.student, teacher)
+        teacher = guided(parts.make(parts.net.requires_grad_(False)), self.guidance, parts.null, self.guidance_until)
+        return Regression(self, parts.student, autoguided(teacher, self.autoguidance, parts.weak))
 
 
 class Regression(Method):
@@ -70,10 +81,11 @@ class Regression(Method):
     def data(self, batches: Batches, generator: Generator, folder: Path | None, told: Told) -> Batches:
         """The teacher's pairs, in shards in folder/pairs."""
         o = self.options
+        about = [o.guidance, o.guidance_until, o.autoguidance]
         return build_pairs(
             self.teacher, batches, generator, solver=o.solver, steps=o.solver_steps, count=o.pairs,
             seconds=None if o.pairs_minutes is None else 60 * o.pairs_minutes,
-            folder=None if folder is None else folder / "pairs", about=o.guidance, told=told,
+            folder=None if folder is None else folder / "pairs", about=about, told=told,
         )  # fmt: skip
 
     def student_loss(self, batch: dict, generator: Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:

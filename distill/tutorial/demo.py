@@ -56,14 +56,13 @@ def stages(
     batches = shape_batches(teacher, BATCH)
     how = {"weak": weak, "resume": resume, "told": told}
 
-    guidance = teacher.meta.guidance["scale"]
-    regression = RegressionOptions(guidance=guidance, pairs=None, pairs_minutes=time_for["pairs"])
+    law = LAW if weak is not None else LAW | {"autoguidance": 1.0}
+    regression = RegressionOptions(**law, pairs=None, pairs_minutes=time_for["pairs"])
     training = TrainOptions(minutes=time_for["regression"], decay_from=0.4, **common)
     for step in train_student(teacher, regression, batches, training, out / "regression", **how):
         told("regression", step.progress, **step.logs)
         yield step
 
-    law = LAW if weak is not None else LAW | {"autoguidance": 1.0}
     vsd = VSDOptions(**law, coach=coach, rank=32, lr=1e-4, coach_warmup=20)
     training = TrainOptions(minutes=time_for["vsd"], **common)
     net = copy.deepcopy(step.ema)

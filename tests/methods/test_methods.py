@@ -8,7 +8,7 @@ from small_runs import SCHEDULE, TINY, Net, assert_same, batches, build, content
 from torch import nn
 
 from distill import toy
-from distill.denoiser import guided
+from distill.denoiser import from_net, guided
 from distill.methods import METHODS
 from distill.methods.base import Method, Parts, Phase
 from distill.methods.base import Net as Trained
@@ -202,6 +202,18 @@ def test_a_later_call_learns_where_the_guided_teacher_goes_from_the_call_before(
     assert logs["call_2_loss"] == pytest.approx(expected.item())
     torch.testing.assert_close(got, torch.autograd.grad(expected, net.mlp.parameters()))
     assert batch["x"] is drawn and torch.equal(batch["before"], x.detach())
+
+
+def test_pairs_are_the_guided_teachers():
+    """What VSD draws a student to, regression can begin with: the same guidance, up to the same time, and away from a
+    weaker teacher."""
+    net, weak = Net(), from_net(lambda x, index, cond: 0.5 * x, SCHEDULE, "x0")
+    null, x, t = {"c": torch.zeros(1, 2)}, torch.ones(4, 2), torch.tensor([0.1, 0.4, 0.41, 0.9])
+    cond, parts = {"c": torch.ones(4, 2)}, Parts(net, make, Student(Net(), make), null, weak)
+    law = RegressionOptions(guidance=3.0, guidance_until=0.4, autoguidance=1.5).build(parts).teacher
+    given, unknown = make(net)(x, t, cond), make(net)(x, t, {"c": torch.zeros(4, 2)})
+    w = torch.tensor([3.0, 3.0, 1.0, 1.0])[:, None]
+    torch.testing.assert_close(law(x, t, cond), unknown + w * (given - unknown) + 0.5 * (given - weak(x, t, cond)))
 
 
 def test_pairs_teach_one_call():
