@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Literal
 
 from torch import Generator, Tensor, nn
@@ -65,7 +64,7 @@ class StudentOptions:
     (VSD, SDS); the student can be sampled in one step and in more."""
 
     def __post_init__(self) -> None:
-        within(self, student_rank=(1, inf))
+        within(self, student_rank=(1, 2**14))
         positive(self, "student_alpha")
 
     @property

@@ -85,7 +85,7 @@ class VSDOptions:
 
     def __post_init__(self) -> None:
         check_times(self)
-        within(self, null_drop=(0, 1), rank=(1, inf), coach_steps=(1, inf), coach_warmup=(0, inf))
+        within(self, null_drop=(0, 1), rank=(1, 2**14), coach_steps=(1, inf), coach_warmup=(0, inf))
         positive(self, "lr", "coach_lr", "alpha")
 
     def build(self, parts: Parts) -> VSD:

@@ -140,7 +140,8 @@ def test_the_teacher_is_guided_in_the_loss():
     [
         ({"t_min": 2}, "t_min, t_max is .2, 0.98.: 0 <= t_min < t_max <= 1"),
         ({"guidance": float("nan")}, "guidance is nan"),
-        ({"rank": 0}, "rank is 0: 1 or more"),
+        ({"rank": 0}, "rank is 0: 1 to 16384"),
+        ({"rank": 10**6}, "rank is 1000000"),
         ({"lr": -1}, "lr is -1: above 0"),
         ({"null_drop": 2}, "null_drop is 2"),
     ],
