@@ -63,27 +63,32 @@ assert apart < 1e-3
 # - **The prediction.** What the net says must be read as what it was trained to say.
 # - **Guidance.** It is in the student's weights; guiding again blends pictures.
 #
-# Each looks like a bad model. Guess which of the first three hurts this student most:
+# Each looks like a bad model. Guess which hurts this student most:
 
 # %%
-question = widgets.predict("Which mistake is farthest from the right picture?", ["time", "noise", "prediction"])
+question = widgets.predict(
+    "Which mistake is farthest from the right picture?", ["time", "noise", "prediction", "guidance"]
+)
 
 # %%
 from dataclasses import replace
 
+from distill.denoiser import guided
 from distill.sample import one_step
 
 
-def called(t=None, strength=1.0, prediction=None):
+def called(t=None, strength=1.0, prediction=None, guidance=1.0):
     model = distill.load(path)
     model.meta = replace(model.meta, prediction=prediction or model.meta.prediction)
+    draw = one_step(guided(model.denoiser, guidance, model.null), t or model.time())
     with torch.no_grad():
-        return model.decode(one_step(model.denoiser, t or model.time())(strength * noise, model.encode([PROMPT])))
+        return model.decode(draw(strength * noise, model.encode([PROMPT])))
 
 
 other = "eps" if meta.prediction != "eps" else "x0"
 wrong = {"time": called(t=0.4), "noise": called(strength=0.6), "prediction": called(prediction=other)}
-widgets.show(widgets.sheet({"right": here} | wrong, zoom=1.5), "a heart, and three spoiled ones")
+wrong["guidance"] = called(guidance=3.0)
+widgets.show(widgets.sheet({"right": here} | wrong, zoom=1.5), "a heart, and four spoiled ones")
 distance = {name: (image - here).square().mean().sqrt().item() for name, image in wrong.items()}
 print({name: round(d, 3) for name, d in distance.items()})
 question.check(max(distance, key=distance.get))
