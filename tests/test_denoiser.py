@@ -104,6 +104,10 @@ def test_guidance_is_one_doubled_batch_and_the_formula():
     torch.testing.assert_close(guided(spy, 2.0, null)(x_t, t, {"mode": mode}), 2 * given - unknown)
     early = guided(spy, w, null, until=0.5)(x_t, t, {"mode": mode})
     torch.testing.assert_close(early, torch.where(t[:, None] <= 0.5, unknown + w[:, None] * (given - unknown), given))
+    calls.clear()
+    late = guided(spy, w, null, until=0.5)(x_t, torch.full_like(t, 0.6), {"mode": mode})
+    torch.testing.assert_close(late, teacher(x_t, torch.full_like(t, 0.6), {"mode": mode}))
+    assert calls == [64], "where nothing is guided the empty prompt is not asked"
     assert guided(spy, 1.0, None) is spy
     with pytest.raises(ValueError, match="null"):
         guided(spy, 2.0, None)
